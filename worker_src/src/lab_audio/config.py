@@ -1,0 +1,153 @@
+"""Settings, each documented once: from the environment, and from files in $CREDENTIALS_DIRECTORY for secrets.
+
+A worker names the settings class it needs; `load` turns anything wrong into one line per key.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from lab_audio.errors import ConfigError
+
+
+def _url(*schemes: str) -> AfterValidator:
+    def check(value: SecretStr | str) -> SecretStr | str:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        try:
+            parts = urlsplit(text)
+            ok = parts.scheme in schemes and bool(parts.hostname or parts.path) and parts.port != 0
+        except ValueError:
+            ok = False
+        if not ok:
+            raise ValueError(f"must be a URL {' or '.join(s + '://…' for s in schemes)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError("must be an absolute path")
+    return path
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+
+
+class _Settings(BaseSettings):
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, env_ignore_empty=True)
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe event that is logged")
+
+
+class LedgerSettings(_Settings):
+    """Where the truth is."""
+
+    database_url: Annotated[SecretStr, _url("postgresql")] = Field(
+        description="PostgreSQL, e.g. postgresql://lab_audio:PASSWORD@db.example.edu/lab_audio"
+    )
+
+
+class QueueSettings(_Settings):
+    """Where jobs are delivered."""
+
+    redis_url: Annotated[SecretStr, _url("redis", "rediss", "unix")] = Field(
+        description="Redis or Valkey, e.g. redis://:PASSWORD@redis.example.edu:6379/0"
+    )
+
+
+class S3Settings(_Settings):
+    """Where archives and processed recordings are kept."""
+
+    s3_endpoint: Annotated[str, _url("http", "https")] = Field(
+        description="Object store, e.g. https://swift.example.edu:8080"
+    )
+    s3_access_key: SecretStr = Field(description="Access key of the object store")
+    s3_secret_key: SecretStr = Field(description="Secret key of the object store")
+    s3_bucket: str = Field("audio-pipeline", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$", description="Bucket")
+    s3_region: str = Field("us-east-1", description="Region that requests are signed for")
+    s3_ca_bundle: Path | None = Field(None, description="File of CA certificates, where the system's do not do")
+
+
+class HostSettings(_Settings):
+    """Which host this is, and where its scratch lies."""
+
+    lab_host: str = Field(
+        default_factory=lambda: socket.gethostname().split(".")[0],
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$",
+        description="Name of this host in the ledger and in Redis lists (default: the host's name)",
+    )
+    scratch_root: AbsolutePath = Field(Path("/data/scratch"), description="Directory for work in progress, on a local disk")
+
+
+class TransferSettings(LedgerSettings, QueueSettings, S3Settings):
+    """The transfer worker."""
+
+    source: str = Field(
+        pattern=r"^(ssh://[A-Za-z0-9_.-]+@[A-Za-z0-9_.:\[\]-]+/.+|/.+)$",
+        description="Where recordings arrive: ssh://user@host[:port]/dir or /dir",
+    )
+    source_fate: Literal["keep", "move", "delete"] = Field(
+        "keep", description="What happens to a source file once its archive is verified; move puts it into .transferred/"
+    )
+    ssh_key: Path | None = Field(None, description="File of the private key for an ssh source")
+    ssh_known_hosts: Path | None = Field(None, description="File of the source's pinned host keys")
+    batch_files: int = Field(1000, ge=1, le=100_000, description="Most recordings in one archive")
+    batch_bytes: int = Field(2_000_000_000, ge=1, description="Bytes of recordings after which an archive is closed")
+    settle_seconds: int = Field(60, ge=0, description="A file is taken when it has not changed for this long")
+    scan_seconds: int = Field(60, ge=1, description="Pause between two looks at the source")
+    transfer_tmp: AbsolutePath = Field(
+        Path("/var/tmp/lab-audio"), description="Directory for the one archive being built"
+    )
+
+
+class UnpackSettings(LedgerSettings, QueueSettings, S3Settings, HostSettings):
+    """The unpack worker."""
+
+    transcode_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="Recordings encoded at once (default: one a core)")
+    opus_bitrate: int = Field(24_000, ge=6_000, le=256_000, description="Bits per second of the kept Opus")
+
+
+class GpuSettings(LedgerSettings, QueueSettings, S3Settings, HostSettings):
+    """The GPU worker."""
+
+    models_root: AbsolutePath = Field(Path("/data/models"), description="Directory of models: whisperx/ and gemma/")
+    policies_dir: AbsolutePath = Field(Path("/etc/lab-audio/policies"), description="Directory of policy texts, one .txt each")
+    devices: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Comma-separated devices, one process each: cuda:0,cuda:1 or cpu (default: all GPUs, else cpu)"
+    )
+    whisper_language: str | None = Field(None, pattern=r"^[a-z]{2,3}$", description="Language of all recordings (default: detected)")
+    whisper_batch: int = Field(16, ge=1, description="Windows of speech in one WhisperX batch")
+    align: bool = Field(False, description="Align words in time, for languages with a model in whisperx/align/{language}")
+    classify_batch: int = Field(8, ge=1, description="Recordings that are classified together")
+    decode_threads: int = Field(2, ge=1, description="Recordings decoded ahead of the models")
+    upload_threads: int = Field(4, ge=1, description="Recordings uploaded behind the models")
+    max_attempts: int = Field(5, ge=1, description="Tries of one recording before it is set aside")
+
+
+SettingsT = TypeVar("SettingsT", bound=BaseSettings)
+
+
+def load(kind: type[SettingsT], **overrides: Any) -> SettingsT:
+    """Read settings of one kind. Raises ConfigError with one line per key that is missing or wrong, never its value."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    if directory and not Path(directory).is_dir():
+        raise ConfigError(f"CREDENTIALS_DIRECTORY: {directory} is not a directory")
+    try:
+        return kind(_secrets_dir=directory, **overrides)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False, include_input=False):
+            name = str(problem["loc"][0]) if problem["loc"] else "settings"
+            field = kind.model_fields.get(name)
+            about = f" ({field.description})" if field and field.description else ""
+            what = "is missing" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{name.upper()}: {what}{about}")
+        raise ConfigError("\n".join(lines)) from None

@@ -1,0 +1,155 @@
+"""Names and payloads that other programs rely on: object keys, Redis keys, jobs, results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lab_audio.errors import Permanent
+
+BATCH_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
+ITEM = re.compile(r"[0-9a-f]{16}")
+
+UNPACK = "unpack"
+TRANSCRIBE = "transcribe"
+DEAD = "dead"
+MAX_PAYLOAD_BYTES = 64 * 1024
+
+
+def check_batch_id(batch_id: str) -> str:
+    """Return batch_id if it is `YYYYMMDD-HHMMSS-xxxxxx`, else raise Permanent. Paths and keys are made only of these."""
+    if not BATCH_ID.fullmatch(batch_id):
+        raise Permanent(f"batch_id {batch_id[:80]!r} is not YYYYMMDD-HHMMSS-xxxxxx")
+    return batch_id
+
+
+def archive_key(batch_id: str) -> str:
+    return f"archives/{check_batch_id(batch_id)}.tar"
+
+
+def processed_key(date: str, audio_id: int) -> str:
+    return f"processed/{date}/{audio_id}.opus"
+
+
+def transcribe_list(host: str) -> str:
+    """The transcribe list of one host: scratch is local, so a job is of use only there."""
+    return f"{TRANSCRIBE}:{host}"
+
+
+def processing_list(host: str, kind: str, slot: int) -> str:
+    return f"processing:{host}:{kind}:{slot}"
+
+
+def batch_key(batch_id: str, field: str) -> str:
+    """`batch:{id}:total`, `:processed` or `:s3_key`."""
+    return f"batch:{check_batch_id(batch_id)}:{field}"
+
+
+def item_of(member: str) -> str:
+    """The name of a member on scratch and in jobs: 16 hex digits of the SHA-1 of its path in the archive."""
+    return hashlib.sha1(member.encode("utf-8", "surrogateescape"), usedforsecurity=False).hexdigest()[:16]
+
+
+def opus_path(scratch_root: Path, batch_id: str, item: str) -> Path:
+    return scratch_root / check_batch_id(batch_id) / f"{item}.opus"
+
+
+class _Payload(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+    def payload(self) -> str:
+        return json.dumps(self.model_dump())
+
+
+class UnpackJob(_Payload):
+    """A job on `unpack`. A pushed payload stays byte-identical until it is acknowledged."""
+
+    batch_id: str
+    s3_key: str
+    file_count: int = Field(ge=0)
+    transferred_at: str = Field(max_length=64)
+
+
+class TranscribeJob(_Payload):
+    """A job on `transcribe` or `transcribe:{host}`."""
+
+    batch_id: str
+    opus_path: str = Field(max_length=4096)
+    original_filename: str = Field(max_length=4096)
+
+    @property
+    def item(self) -> str:
+        return PurePosixPath(self.opus_path).stem
+
+
+def _parse(model: type[Any], payload: str) -> Any:
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise Permanent(f"payload of {len(payload)} characters; at most {MAX_PAYLOAD_BYTES}")
+    try:
+        return model.model_validate_json(payload)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "payload"
+        raise Permanent(f"{where}: {first['msg']}") from None
+
+
+def parse_unpack_job(payload: str) -> UnpackJob:
+    """Raises Permanent, naming the field, for anything but a job whose s3_key is its own batch's archive."""
+    job: UnpackJob = _parse(UnpackJob, payload)
+    if job.s3_key != archive_key(job.batch_id):
+        raise Permanent(f"s3_key {job.s3_key[:120]!r} is not {archive_key(job.batch_id)}")
+    return job
+
+
+def parse_transcribe_job(payload: str) -> TranscribeJob:
+    """Raises Permanent, naming the field, unless opus_path is `.../{batch_id}/{16 hex}.opus`. Its root is the owner's to check."""
+    job: TranscribeJob = _parse(TranscribeJob, payload)
+    check_batch_id(job.batch_id)
+    path = PurePosixPath(job.opus_path)
+    if not (path.is_absolute() and path.parent.name == job.batch_id and ITEM.fullmatch(path.stem) and path.suffix == ".opus"):
+        raise Permanent(f"opus_path {job.opus_path[:120]!r} is outside batch {job.batch_id}")
+    return job
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What was said. `segments`: dicts with start and end in seconds, text, and words where aligned.
+
+    `speech` is False where nothing was said; text is then empty and is not classified.
+    """
+
+    text: str
+    language: str
+    segments: list[dict[str, Any]]
+    speech: bool
+    model: str
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One policy's verdict: `score` is P("1"), the probability that the content meets the policy's criteria.
+
+    `label` is `violates` or `complies`. `chunks`: the score of each piece of a long transcript, in order.
+    """
+
+    policy: str
+    policy_sha256: str
+    label: str
+    score: float
+    model: str
+    adapter: str
+    chunks: list[float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the models made of one recording; kept as `{item}.json` beside the Opus until the ledger has it."""
+
+    transcript: Transcript
+    classifications: list[Classification]

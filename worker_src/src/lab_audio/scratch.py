@@ -1,0 +1,116 @@
+"""The scratch directory: one folder a batch, and kernel locks that say who is alive.
+
+    SCRATCH_ROOT/.id               this disk's random name
+    SCRATCH_ROOT/.locks/           lock files; never unlinked: `batches`, and `{kind}.{number}` for slots
+    SCRATCH_ROOT/{batch_id}/       {item}.opus, {item}.json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab_audio.contracts import BATCH_ID, check_batch_id
+from lab_audio.errors import Fatal
+
+MAX_SLOTS = 64
+
+
+def prepare(root: Path) -> str:
+    """Make the scratch directory (0750) and return this disk's random id. Raises Fatal where it cannot be written."""
+    try:
+        root.mkdir(mode=0o750, parents=True, exist_ok=True)
+        (root / ".locks").mkdir(mode=0o750, exist_ok=True)
+        identity = root / ".id"
+        if not identity.exists():
+            write_atomic(identity, secrets.token_hex(16).encode())
+        return identity.read_text()
+    except OSError as error:
+        raise Fatal(f"SCRATCH_ROOT {root} cannot be used: {error.strerror}") from None
+
+
+def batch_dir(root: Path, batch_id: str) -> Path:
+    return root / check_batch_id(batch_id)
+
+
+def batches(root: Path) -> list[str]:
+    """Batches that have a folder here."""
+    return sorted(entry.name for entry in root.iterdir() if BATCH_ID.fullmatch(entry.name))
+
+
+def cleanup_scratch(batch_id: str, *, root: Path | None = None) -> None:
+    """Remove a batch's folder; one that is not there is fine, one that cannot be removed raises OSError."""
+    root = root or Path(os.environ.get("SCRATCH_ROOT", "/data/scratch"))
+    try:
+        shutil.rmtree(batch_dir(root, batch_id))
+    except FileNotFoundError:
+        if batch_dir(root, batch_id).exists():
+            raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write all of the file or none of it, also when the machine dies."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _open_lock(root: Path, name: str) -> int:
+    return os.open(root / ".locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+
+
+@contextmanager
+def batch_lock(root: Path, batch_id: str, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a batch's lock on this host; yields False if it is held elsewhere and `wait` is off.
+
+    Each batch is one byte of one file (an open-file-description lock), so that years of batches leave no files behind.
+    """
+    digest = hashlib.sha256(check_batch_id(batch_id).encode()).digest()
+    byte = int.from_bytes(digest[:8], "big") >> 2
+    wanted = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    fd = _open_lock(root, "batches")
+    try:
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, wanted)
+            held = True
+        except (BlockingIOError, PermissionError):
+            held = False
+        yield held
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place among this host's workers of one kind, held as long as the process lives."""
+
+    kind: str
+    number: int
+    fd: int
+
+    def release(self) -> None:
+        os.close(self.fd)
+
+
+def take_slot(root: Path, kind: str, number: int | None = None) -> Slot | None:
+    """Take the first free slot of a kind, or the one asked for; None if it is held by a living process."""
+    for candidate in range(MAX_SLOTS) if number is None else [number]:
+        fd = _open_lock(root, f"{kind}.{candidate}")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            continue
+        return Slot(kind, candidate, fd)
+    return None

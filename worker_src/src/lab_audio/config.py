@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -44,7 +45,9 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 class _Settings(BaseSettings):
     model_config = SettingsConfigDict(extra="ignore", frozen=True, env_ignore_empty=True)
 
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe event that is logged")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Least severe event that is logged"
+    )
 
 
 class LedgerSettings(_Settings):
@@ -71,9 +74,13 @@ class S3Settings(_Settings):
     )
     s3_access_key: SecretStr = Field(description="Access key of the object store")
     s3_secret_key: SecretStr = Field(description="Secret key of the object store")
-    s3_bucket: str = Field("audio-pipeline", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$", description="Bucket")
+    s3_bucket: str = Field(
+        "audio-pipeline", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$", description="Bucket"
+    )
     s3_region: str = Field("us-east-1", description="Region that requests are signed for")
-    s3_ca_bundle: Path | None = Field(None, description="File of CA certificates, where the system's do not do")
+    s3_ca_bundle: Path | None = Field(
+        None, description="File of CA certificates, where the system's do not do"
+    )
 
 
 class HostSettings(_Settings):
@@ -84,7 +91,9 @@ class HostSettings(_Settings):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$",
         description="Name of this host in the ledger and in Redis lists (default: the host's name)",
     )
-    scratch_root: AbsolutePath = Field(Path("/data/scratch"), description="Directory for work in progress, on a local disk")
+    scratch_root: AbsolutePath = Field(
+        Path("/data/scratch"), description="Directory for work in progress, on a local disk"
+    )
 
 
 class TransferSettings(LedgerSettings, QueueSettings, S3Settings):
@@ -95,12 +104,15 @@ class TransferSettings(LedgerSettings, QueueSettings, S3Settings):
         description="Where recordings arrive: ssh://user@host[:port]/dir or /dir",
     )
     source_fate: Literal["keep", "move", "delete"] = Field(
-        "keep", description="What happens to a source file once its archive is verified; move puts it into .transferred/"
+        "keep",
+        description="What happens to a source file once its archive is verified; move puts it into .transferred/",
     )
     ssh_key: Path | None = Field(None, description="File of the private key for an ssh source")
     ssh_known_hosts: Path | None = Field(None, description="File of the source's pinned host keys")
     batch_files: int = Field(1000, ge=1, le=100_000, description="Most recordings in one archive")
-    batch_bytes: int = Field(2_000_000_000, ge=1, description="Bytes of recordings after which an archive is closed")
+    batch_bytes: int = Field(
+        2_000_000_000, ge=1, description="Bytes of recordings after which an archive is closed"
+    )
     settle_seconds: int = Field(60, ge=0, description="A file is taken when it has not changed for this long")
     scan_seconds: int = Field(60, ge=1, description="Pause between two looks at the source")
     transfer_tmp: AbsolutePath = Field(
@@ -111,21 +123,34 @@ class TransferSettings(LedgerSettings, QueueSettings, S3Settings):
 class UnpackSettings(LedgerSettings, QueueSettings, S3Settings, HostSettings):
     """The unpack worker."""
 
-    transcode_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="Recordings encoded at once (default: one a core)")
+    transcode_threads: int = Field(
+        default_factory=lambda: os.cpu_count() or 1,
+        ge=1,
+        description="Recordings encoded at once (default: one a core)",
+    )
     opus_bitrate: int = Field(24_000, ge=6_000, le=256_000, description="Bits per second of the kept Opus")
 
 
 class GpuSettings(LedgerSettings, QueueSettings, S3Settings, HostSettings):
     """The GPU worker."""
 
-    models_root: AbsolutePath = Field(Path("/data/models"), description="Directory of models: whisperx/ and gemma/")
-    policies_dir: AbsolutePath = Field(Path("/etc/lab-audio/policies"), description="Directory of policy texts, one .txt each")
-    devices: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Comma-separated devices, one process each: cuda:0,cuda:1 or cpu (default: all GPUs, else cpu)"
+    models_root: AbsolutePath = Field(
+        Path("/data/models"), description="Directory of models: whisperx/ and gemma/"
     )
-    whisper_language: str | None = Field(None, pattern=r"^[a-z]{2,3}$", description="Language of all recordings (default: detected)")
+    policies_dir: AbsolutePath = Field(
+        Path("/etc/lab-audio/policies"), description="Directory of policy texts, one .txt each"
+    )
+    devices: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Comma-separated devices, one process each: cuda:0,cuda:1 or cpu (default: all GPUs, else cpu)",
+    )
+    whisper_language: str | None = Field(
+        None, pattern=r"^[a-z]{2,3}$", description="Language of all recordings (default: detected)"
+    )
     whisper_batch: int = Field(16, ge=1, description="Windows of speech in one WhisperX batch")
-    align: bool = Field(False, description="Align words in time, for languages with a model in whisperx/align/{language}")
+    align: bool = Field(
+        False, description="Align words in time, for languages with a model in whisperx/align/{language}"
+    )
     classify_batch: int = Field(8, ge=1, description="Recordings that are classified together")
     decode_threads: int = Field(2, ge=1, description="Recordings decoded ahead of the models")
     upload_threads: int = Field(4, ge=1, description="Recordings uploaded behind the models")
@@ -148,6 +173,23 @@ def load(kind: type[SettingsT], **overrides: Any) -> SettingsT:
             name = str(problem["loc"][0]) if problem["loc"] else "settings"
             field = kind.model_fields.get(name)
             about = f" ({field.description})" if field and field.description else ""
-            what = "is missing" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ")
+            what = (
+                "is missing" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ")
+            )
             lines.append(f"{name.upper()}: {what}{about}")
         raise ConfigError("\n".join(lines)) from None
+
+
+def described(kinds: Sequence[type[BaseSettings]]) -> list[tuple[str, str, str]]:
+    """Name, default and meaning of every setting of these kinds, each once."""
+    rows: dict[str, tuple[str, str, str]] = {}
+    for kind in kinds:
+        for name, field in kind.model_fields.items():
+            if field.is_required():
+                default = "required"
+            elif field.default_factory is not None or field.default in (None, ()):
+                default = ""
+            else:
+                default = str(field.default)
+            rows[name] = (name.upper(), default, field.description or "")
+    return list(rows.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -112,9 +113,43 @@ def parse_transcribe_job(payload: str) -> TranscribeJob:
     job: TranscribeJob = _parse(TranscribeJob, payload)
     check_batch_id(job.batch_id)
     path = PurePosixPath(job.opus_path)
-    if not (path.is_absolute() and path.parent.name == job.batch_id and ITEM.fullmatch(path.stem) and path.suffix == ".opus"):
+    if not (
+        path.is_absolute()
+        and path.parent.name == job.batch_id
+        and ITEM.fullmatch(path.stem)
+        and path.suffix == ".opus"
+    ):
         raise Permanent(f"opus_path {job.opus_path[:120]!r} is outside batch {job.batch_id}")
     return job
+
+
+@dataclass(frozen=True, order=True)
+class SourceFile:
+    """A file at the source: its path relative to the source, size in bytes, mtime in nanoseconds since 1970.
+
+    Bytes of a path that are not UTF-8 are kept as surrogates (`surrogateescape`).
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+
+    @property
+    def mtime(self) -> str:
+        """Exact decimal seconds with nine places, as pax records and stat(1) write them."""
+        seconds, rest = divmod(abs(self.mtime_ns), 10**9)
+        return f"{'-' if self.mtime_ns < 0 else ''}{seconds}.{rest:09d}"
+
+    @classmethod
+    def from_tar(cls, info: tarfile.TarInfo) -> SourceFile:
+        """What a tar's header says of a file: mtime exact where a pax record has it, 0 where that is garbled."""
+        text = info.pax_headers.get("mtime")
+        match = re.fullmatch(
+            r"(-?)([0-9]{1,12})(?:\.([0-9]{1,9})[0-9]*)?", str(info.mtime) if text is None else text
+        )
+        sign, seconds, rest = match.groups() if match else ("", "0", None)
+        mtime_ns = int(seconds) * 10**9 + int((rest or "").ljust(9, "0"))
+        return cls(info.name, info.size, -mtime_ns if sign else mtime_ns)
 
 
 @dataclass(frozen=True)

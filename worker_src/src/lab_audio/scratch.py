@@ -1,8 +1,8 @@
 """The scratch directory: one folder a batch, and kernel locks that say who is alive.
 
-    SCRATCH_ROOT/.id               this disk's random name
-    SCRATCH_ROOT/.locks/           lock files; never unlinked: `batches`, and `{kind}.{number}` for slots
-    SCRATCH_ROOT/{batch_id}/       {item}.opus, {item}.json
+SCRATCH_ROOT/.id               this disk's random name
+SCRATCH_ROOT/.locks/           lock files; never unlinked: `batches`, and `{kind}.{number}` for slots
+SCRATCH_ROOT/{batch_id}/       {item}.opus, {item}.json
 """
 
 from __future__ import annotations

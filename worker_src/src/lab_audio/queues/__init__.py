@@ -1,0 +1,204 @@
+"""Delivery by Redis lists. Any entry may vanish or be doubled: the ledger decides, so it costs time, never a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from lab_audio.config import QueueSettings
+from lab_audio.contracts import (
+    DEAD,
+    TRANSCRIBE,
+    UNPACK,
+    archive_key,
+    batch_key,
+    processing_list,
+    transcribe_list,
+)
+from lab_audio.errors import ConfigError, Retryable
+from lab_audio.scratch import MAX_SLOTS
+
+BATCH_FIELDS = ("total", "processed", "s3_key")
+
+
+def open_queues(settings: QueueSettings) -> redis.Redis:
+    """A client that never repeats a command by itself: a repeated BLMOVE would take a second job and forget the first."""
+    return redis.Redis.from_url(
+        settings.redis_url.get_secret_value(),
+        decode_responses=True,
+        socket_connect_timeout=5,
+        socket_timeout=30,
+        socket_keepalive=True,
+        health_check_interval=30,
+        retry=Retry(NoBackoff(), 0),
+    )
+
+
+@contextmanager
+def _translated(client: redis.Redis) -> Iterator[None]:
+    try:
+        yield
+    except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+        raise ConfigError(f"REDIS_URL: {_where(client)} refused: {error}") from None
+    except redis.RedisError as error:
+        raise Retryable(f"{_where(client)}: {error}") from error
+
+
+def _where(client: redis.Redis) -> str:
+    options = client.connection_pool.connection_kwargs
+    return f"Redis at {options.get('path') or '{}:{}'.format(options.get('host'), options.get('port'))}"
+
+
+def _run(client: redis.Redis, script: str, keys: list[str], arguments: Iterable[str | int]) -> int:
+    source = Path(__file__).with_name("lua").joinpath(f"{script}.lua").read_text()
+    with _translated(client):
+        return int(client.register_script(source)(keys=keys, args=list(arguments)))
+
+
+class Inbox:
+    """A slot's way to its jobs (CLAIM): its own processing list first, then the list that it serves.
+
+    The own list is read again at the start and after every error: a job whose delivery was lost on the way lies there.
+    """
+
+    def __init__(self, client: redis.Redis, source: str, own: str) -> None:
+        self.client = client
+        self.source = source
+        self.own = own
+        self._held: set[str] = set()
+        self._unsure = True
+
+    def claim(self, wait: int) -> str | None:
+        """The next job, or None if none comes within `wait` seconds (0: do not wait)."""
+        if self._unsure:
+            with _translated(self.client):
+                left = [str(job) for job in self.client.lrange(self.own, 0, -1) if job not in self._held]
+            if left:
+                self._held.add(left[0])
+                return left[0]
+            self._unsure = False
+        try:
+            with _translated(self.client):
+                job: Any
+                if wait:
+                    job = self.client.blmove(self.source, self.own, wait, "LEFT", "RIGHT")
+                else:
+                    job = self.client.lmove(self.source, self.own, "LEFT", "RIGHT")
+        except Retryable:
+            self._unsure = True
+            raise
+        if (
+            job is None or job in self._held
+        ):  # a doubled job lies in the own list until its twin is acknowledged
+            return None
+        self._held.add(job)
+        return str(job)
+
+    def _settled(self, job: str, act: Callable[[], int]) -> int:
+        answer = act()
+        self._held.discard(job)
+        return answer
+
+    def ack(self, job: str, batch_id: str, processed: int) -> bool:
+        """Drop a settled job and raise the batch's counter. True if that reached its total."""
+        keys = [self.own, batch_key(batch_id, "total"), batch_key(batch_id, "processed")]
+        return self._settled(job, lambda: _run(self.client, "ack", keys, [job, processed])) == 1
+
+    def drop(self, job: str) -> None:
+        """Forget a job that is of no use to anyone."""
+
+        def act() -> int:
+            with _translated(self.client):
+                return int(self.client.lrem(self.own, 0, job))
+
+        self._settled(job, act)
+
+    def move(self, job: str, to: str, end: Literal["head", "tail"] = "tail") -> None:
+        """Hand a job to another list, if it is still here."""
+        self._settled(job, lambda: _run(self.client, "move", [self.own, to], [job, end]))
+
+    def bury(self, job: str) -> None:
+        """Set aside a payload that has no row in the ledger."""
+        self.move(job, DEAD)
+
+    def publish(
+        self, job: str, host: str, batch_id: str, total: int, processed: int, pending: Iterable[str]
+    ) -> None:
+        """Tell Redis of a ready batch: its three keys, and each pending job that is not in flight; drops the unpack job."""
+
+        def act() -> int:
+            return publish(self.client, host, batch_id, total, processed, pending, job=job, own=self.own)
+
+        self._settled(job, act)
+
+
+def publish(
+    client: redis.Redis,
+    host: str,
+    batch_id: str,
+    total: int,
+    processed: int,
+    pending: Iterable[str],
+    *,
+    job: str = "",
+    own: str = "",
+) -> int:
+    """PUBLISH (see `Inbox.publish`); without a job, the batch is only told again."""
+    keys = [own or processing_list(host, UNPACK, 0)]
+    keys += [batch_key(batch_id, field) for field in BATCH_FIELDS]
+    keys += [transcribe_list(host), *(processing_list(host, "gpu", slot) for slot in range(MAX_SLOTS))]
+    return _run(client, "publish", keys, [job, total, processed, archive_key(batch_id), *pending])
+
+
+def push(client: redis.Redis, to: str, job: str) -> None:
+    with _translated(client):
+        client.rpush(to, job)
+
+
+def forget_batch(client: redis.Redis, batch_id: str) -> None:
+    """Delete a batch's three keys."""
+    with _translated(client):
+        client.delete(*(batch_key(batch_id, field) for field in BATCH_FIELDS))
+
+
+def queued_unpack_jobs(client: redis.Redis) -> list[str]:
+    """Every unpack job that waits or is being worked on, on any host."""
+    with _translated(client):
+        jobs: list[Any] = list(client.lrange(UNPACK, 0, -1))
+        for name in client.scan_iter(match="processing:*:unpack:*", count=1000):
+            jobs += client.lrange(name, 0, -1)
+    return jobs
+
+
+def leftover_slots(client: redis.Redis, host: str, kind: str) -> list[int]:
+    """Slots of this host whose processing list is not empty."""
+    with _translated(client):
+        pipeline = client.pipeline(transaction=False)
+        for slot in range(MAX_SLOTS):
+            pipeline.exists(processing_list(host, kind, slot))
+        return [slot for slot, there in enumerate(pipeline.execute()) if there]
+
+
+def put_back(client: redis.Redis, host: str, kind: str, slot: int, to: str) -> int:
+    """Return a dead slot's jobs to the head of the list they came from. Its lock must be held. Returns how many."""
+    moved = 0
+    with _translated(client):
+        while client.lmove(processing_list(host, kind, slot), to, "RIGHT", "LEFT"):
+            moved += 1
+    return moved
+
+
+def depths(client: redis.Redis) -> dict[str, int]:
+    """Length of `unpack`, `transcribe`, each host's transcribe list, and `dead`."""
+    with _translated(client):
+        names = [UNPACK, TRANSCRIBE, *sorted(client.scan_iter(match=f"{TRANSCRIBE}:*", count=1000)), DEAD]
+        pipeline = client.pipeline(transaction=False)
+        for name in names:
+            pipeline.llen(name)
+        return dict(zip(names, pipeline.execute(), strict=True))

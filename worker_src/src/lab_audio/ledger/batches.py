@@ -1,0 +1,286 @@
+"""Batches: minted, uploaded, unpacking, ready, complete; or failed, with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Engine, Row, text
+
+from lab_audio.ledger.connection import transaction
+from lab_audio.ledger.hosts import EVERYWHERE, SILENT_AFTER
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What is known of an archive: bytes, SHA-256 in hex, and how many recordings the job promised."""
+
+    sha256: str | None
+    size: int | None
+    file_count: int | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    batch_id: str
+    state: str
+    host: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A batch that is this host's to unpack. `settled`: items that are done or dead and need no work."""
+
+    archive: Archive
+    settled: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A batch that is not to be unpacked. `wait`: leave the job on the list, this host takes nothing for now."""
+
+    why: str
+    wait: bool
+
+
+@dataclass(frozen=True)
+class NewItem:
+    """A member as unpack leaves it: with its length in seconds, or with the reason why it is dead."""
+
+    member: str
+    item: str
+    original_filename: str
+    seconds: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What Redis is to be told of a ready batch. `pending`: (item, original_filename) of each item without a result."""
+
+    total: int
+    processed: int
+    pending: list[tuple[str, str]]
+
+
+def _locked(
+    connection: Connection, batch_id: str
+) -> Row[tuple[str, str | None, str | None, int | None, int | None]] | None:
+    return connection.execute(
+        text("SELECT state, host, sha256, size, file_count FROM batches WHERE batch_id = :id FOR UPDATE"),
+        {"id": batch_id},
+    ).one_or_none()
+
+
+def find_batch(engine: Engine, batch_id: str) -> Batch | None:
+    with transaction(engine) as connection:
+        row = connection.execute(
+            text("SELECT batch_id, state, host, reason FROM batches WHERE batch_id = :id"), {"id": batch_id}
+        ).one_or_none()
+    return Batch(*row) if row else None
+
+
+def adopt(engine: Engine, batch_id: str, job: str, archive: Archive) -> None:
+    """Enter a batch that another program uploaded; one that is known stays as it is."""
+    with transaction(engine) as connection:
+        connection.execute(
+            text(
+                "INSERT INTO batches (batch_id, state, job, sha256, size, file_count, uploaded_at)"
+                " VALUES (:id, 'uploaded', :job, :sha256, :size, :file_count, now()) ON CONFLICT DO NOTHING"
+            ),
+            {
+                "id": batch_id,
+                "job": job,
+                "sha256": archive.sha256,
+                "size": archive.size,
+                "file_count": archive.file_count,
+            },
+        )
+
+
+def take(engine: Engine, batch_id: str, host: str) -> Taken | Refused:
+    """Make an uploaded batch this host's; one that it was already unpacking is its own still."""
+    with transaction(engine) as connection:
+        paused, gpu = connection.execute(
+            text(
+                "SELECT paused OR EXISTS (SELECT FROM hosts WHERE host = :all AND paused),"
+                f" coalesce(gpu_seen_at > now() - {SILENT_AFTER}, false)"
+                " FROM hosts WHERE host = :host FOR UPDATE"
+            ),
+            {"host": host, "all": EVERYWHERE},
+        ).one()
+        if paused:
+            return Refused(f"{host} is paused", wait=True)
+        if not gpu:
+            return Refused(f"no gpu worker was seen on {host} for two minutes", wait=True)
+        batch = _locked(connection, batch_id)
+        if batch is None:
+            return Refused("it is unknown", wait=False)
+        if batch.state != "uploaded" and not (batch.state == "unpacking" and batch.host == host):
+            return Refused(f"it is {batch.state}" + (f" on {batch.host}" if batch.host else ""), wait=False)
+        connection.execute(
+            text(
+                "UPDATE batches SET state = 'unpacking', host = :host, unpacking_at = now() WHERE batch_id = :id"
+            ),
+            {"id": batch_id, "host": host},
+        )
+        settled = connection.execute(
+            text("SELECT item FROM audio_files WHERE batch_id = :id AND state <> 'pending'"), {"id": batch_id}
+        ).scalars()
+        return Taken(Archive(batch.sha256, batch.size, batch.file_count), frozenset(settled))
+
+
+def seal(
+    engine: Engine,
+    batch_id: str,
+    host: str,
+    items: Collection[NewItem],
+    archive: Archive,
+    flags: Collection[str],
+) -> str | None:
+    """Enter all items of a batch at once. Returns its new state, `ready` or `complete`; None if it is no longer ours.
+
+    Items that are settled stay as they are.
+    """
+    with transaction(engine) as connection:
+        batch = _locked(connection, batch_id)
+        if batch is None or batch.state != "unpacking" or batch.host != host:
+            return None
+        connection.execute(
+            text(
+                "INSERT INTO audio_files AS a (batch_id, member, item, original_filename, seconds, reason, state, date, settled_at)"
+                " SELECT :id, member, item, name, seconds, reason, CASE WHEN reason IS NULL THEN 'pending' ELSE 'dead' END,"
+                " (now() AT TIME ZONE 'UTC')::date, CASE WHEN reason IS NULL THEN NULL ELSE now() END"
+                " FROM unnest(CAST(:members AS text[]), CAST(:items AS text[]), CAST(:names AS text[]),"
+                " CAST(:seconds AS double precision[]), CAST(:reasons AS text[]))"
+                " AS new (member, item, name, seconds, reason)"
+                " ON CONFLICT (batch_id, member) DO UPDATE"
+                " SET state = excluded.state, reason = excluded.reason, settled_at = excluded.settled_at"
+                " WHERE a.state = 'pending' AND excluded.state = 'dead'"
+            ),
+            {
+                "id": batch_id,
+                "members": [i.member for i in items],
+                "items": [i.item for i in items],
+                "names": [i.original_filename for i in items],
+                "seconds": [i.seconds for i in items],
+                "reasons": [i.reason for i in items],
+            },
+        )
+        pending = connection.execute(
+            text("SELECT EXISTS (SELECT FROM audio_files WHERE batch_id = :id AND state = 'pending')"),
+            {"id": batch_id},
+        ).scalar_one()
+        state = "ready" if pending else "complete"
+        connection.execute(
+            text(
+                f"UPDATE batches SET state = :state, ready_at = now(), complete_at = {'NULL' if pending else 'now()'},"
+                " sha256 = :sha256, size = :size, flags = CAST(:flags AS text[]) WHERE batch_id = :id"
+            ),
+            {
+                "id": batch_id,
+                "state": state,
+                "sha256": archive.sha256,
+                "size": archive.size,
+                "flags": list(flags),
+            },
+        )
+        return state
+
+
+def fail(engine: Engine, batch_id: str, host: str, reason: str) -> bool:
+    """Give up a batch that this host was unpacking. False if it is no longer ours."""
+    with transaction(engine) as connection:
+        return (
+            connection.execute(
+                text(
+                    "UPDATE batches SET state = 'failed', reason = :reason, failed_at = now()"
+                    " WHERE batch_id = :id AND state = 'unpacking' AND host = :host"
+                ),
+                {"id": batch_id, "host": host, "reason": reason},
+            ).rowcount
+            > 0
+        )
+
+
+@contextmanager
+def publishing(engine: Engine, batch_id: str, host: str) -> Iterator[Publication | None]:
+    """Hold a ready batch's row while Redis is told of it; None if it is not this host's to publish.
+
+    The row lock keeps the batch from being completed, tidied or given away between the reading and the telling.
+    """
+    with transaction(engine) as connection:
+        batch = _locked(connection, batch_id)
+        if batch is None or batch.state != "ready" or batch.host != host:
+            yield None
+            return
+        rows = connection.execute(
+            text(
+                "SELECT item, original_filename, state FROM audio_files WHERE batch_id = :id ORDER BY member"
+            ),
+            {"id": batch_id},
+        ).all()
+        pending = [(row.item, row.original_filename) for row in rows if row.state == "pending"]
+        yield Publication(len(rows), len(rows) - len(pending), pending)
+
+
+def give_back(engine: Engine, batch_id: str, host: str) -> str | None:
+    """Return a batch whose scratch was removed to `uploaded`. Returns its job to push, None if it is no longer ours."""
+    with transaction(engine) as connection:
+        job: str | None = connection.execute(
+            text(
+                "UPDATE batches SET state = 'uploaded', host = NULL"
+                " WHERE batch_id = :id AND state IN ('unpacking', 'ready') AND host = :host RETURNING job"
+            ),
+            {"id": batch_id, "host": host},
+        ).scalar_one_or_none()
+        return job
+
+
+def holds(engine: Engine, batch_id: str, host: str) -> bool:
+    """Whether the ledger gives this host a folder for the batch."""
+    with transaction(engine) as connection:
+        return bool(
+            connection.execute(
+                text(
+                    "SELECT EXISTS (SELECT FROM batches WHERE batch_id = :id AND host = :host"
+                    " AND state IN ('unpacking', 'ready'))"
+                ),
+                {"id": batch_id, "host": host},
+            ).scalar_one()
+        )
+
+
+def held_batches(engine: Engine, host: str) -> set[str]:
+    """Batches whose folders the ledger gives this host."""
+    with transaction(engine) as connection:
+        return set(
+            connection.execute(
+                text("SELECT batch_id FROM batches WHERE host = :host AND state IN ('unpacking', 'ready')"),
+                {"host": host},
+            ).scalars()
+        )
+
+
+def leaving_batches(engine: Engine, host: str) -> list[str]:
+    """Batches that ended here and whose folder and Redis keys are still to go."""
+    with transaction(engine) as connection:
+        return list(
+            connection.execute(
+                text("SELECT batch_id FROM batches WHERE host = :host AND state IN ('complete', 'failed')"),
+                {"host": host},
+            ).scalars()
+        )
+
+
+def release(engine: Engine, batch_id: str, host: str) -> None:
+    """Note that nothing of an ended batch is left on this host."""
+    with transaction(engine) as connection:
+        connection.execute(
+            text(
+                "UPDATE batches SET host = NULL WHERE batch_id = :id AND host = :host AND state IN ('complete', 'failed')"
+            ),
+            {"id": batch_id, "host": host},
+        )

@@ -1,0 +1,100 @@
+"""Connections to PostgreSQL, and what its errors mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, exc, make_url, text
+
+from lab_audio.config import LedgerSettings
+from lab_audio.errors import ConfigError, Fatal, Retryable
+
+MISCONFIGURED = ("authentication failed", "no pg_hba.conf entry", "does not exist", "no password supplied")
+
+
+def open_ledger(settings: LedgerSettings) -> Engine:
+    """A pool of connections, made when they are needed; dead ones are noticed before use."""
+    url = make_url(settings.database_url.get_secret_value()).set(drivername="postgresql+psycopg2")
+    return create_engine(
+        url,
+        pool_pre_ping=True,
+        pool_size=8,
+        connect_args={
+            "connect_timeout": 5,
+            "keepalives_idle": 15,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 30_000,
+            "application_name": "lab-audio",
+            "options": "-c TimeZone=UTC -c statement_timeout=60s -c lock_timeout=30s"
+            " -c idle_in_transaction_session_timeout=60s",
+        },
+    )
+
+
+@contextmanager
+def translated(engine: Engine) -> Iterator[None]:
+    """Turn the driver's errors into the three kinds; messages name the server, never the password."""
+    where = (
+        f"PostgreSQL at {engine.url.host or 'local socket'}:{engine.url.port or 5432}/{engine.url.database}"
+    )
+    try:
+        yield
+    except (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError) as error:
+        cause = str(getattr(error, "orig", None) or error).strip().splitlines()[-1]
+        if any(sign in cause for sign in MISCONFIGURED):
+            raise ConfigError(f"DATABASE_URL: {where} refused: {cause}") from None
+        raise Retryable(f"{where}: {cause}") from error
+    except exc.ProgrammingError as error:
+        code = getattr(error.orig, "pgcode", "")
+        if code in ("42P01", "42703"):
+            raise Fatal(f"{where} has not the tables of this release; run `lab-audio migrate`") from None
+        if code == "42501":
+            raise ConfigError(f"DATABASE_URL: {where}: {str(error.orig).strip()}") from None
+        raise
+
+
+@contextmanager
+def transaction(engine: Engine) -> Iterator[Connection]:
+    """One transaction: committed if the block ends, rolled back if it raises."""
+    with translated(engine), engine.begin() as connection:
+        yield connection
+
+
+def _alembic() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+    return config
+
+
+def migrate(engine: Engine) -> tuple[str | None, str]:
+    """Bring the tables to this release, also those of the older system. Returns the revisions before and after.
+
+    Runs in one transaction under an advisory lock, so that two at once do no harm.
+    """
+    config = _alembic()
+    with transaction(engine) as connection:
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
+        connection.execute(text("SET LOCAL lock_timeout = 0"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('lab_audio migrate', 0))"))
+        before = MigrationContext.configure(connection).get_current_revision()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+    return before, str(ScriptDirectory.from_config(config).get_current_head())
+
+
+def check_migrated(engine: Engine) -> None:
+    """Raises Fatal unless the tables are those of this release."""
+    head = ScriptDirectory.from_config(_alembic()).get_current_head()
+    with transaction(engine) as connection:
+        found = MigrationContext.configure(connection).get_current_revision()
+    if found != head:
+        raise Fatal(
+            f"the ledger's tables are at revision {found}, this release needs {head}; run `lab-audio migrate`"
+        )

@@ -1,0 +1,69 @@
+"""What a person wants to see: open batches and hosts. Reads only, at a cost that does not grow with what is finished."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import Engine, text
+
+from lab_audio.ledger.connection import transaction
+from lab_audio.ledger.hosts import EVERYWHERE
+
+
+@dataclass(frozen=True)
+class BatchProgress:
+    """An open batch. `since`: when it came into its present state."""
+
+    batch_id: str
+    state: str
+    host: str | None
+    since: datetime | None
+    pending: int
+    done: int
+    dead: int
+    flags: list[str]
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class HostView:
+    """`silent_seconds`: since it was last seen; None if never."""
+
+    host: str
+    paused: bool
+    silent_seconds: float | None
+    gpu_silent_seconds: float | None
+
+
+def open_batches(engine: Engine) -> list[BatchProgress]:
+    """Batches that are not ended, and ended ones that are still being tidied."""
+    with transaction(engine) as connection:
+        rows = connection.execute(
+            text(
+                "SELECT b.batch_id, b.state, b.host,"
+                " CASE b.state WHEN 'minted' THEN minted_at WHEN 'uploaded' THEN uploaded_at WHEN 'unpacking' THEN unpacking_at"
+                " WHEN 'ready' THEN ready_at WHEN 'complete' THEN complete_at ELSE failed_at END AS since,"
+                " i.pending, i.done, i.dead, b.flags, b.reason"
+                " FROM (SELECT * FROM batches WHERE state IN ('minted', 'uploaded', 'unpacking', 'ready')"
+                " UNION SELECT * FROM batches WHERE host IS NOT NULL) b CROSS JOIN LATERAL"
+                " (SELECT count(*) FILTER (WHERE state = 'pending') AS pending, count(*) FILTER (WHERE state = 'done') AS done,"
+                " count(*) FILTER (WHERE state = 'dead') AS dead FROM audio_files a WHERE a.batch_id = b.batch_id) i"
+                " ORDER BY b.batch_id"
+            )
+        ).all()
+    return [BatchProgress(*row) for row in rows]
+
+
+def seen_hosts(engine: Engine) -> list[HostView]:
+    """Every host that ever took part; a pause of all shows on each."""
+    with transaction(engine) as connection:
+        rows = connection.execute(
+            text(
+                "SELECT host, paused OR EXISTS (SELECT FROM hosts WHERE host = :all AND paused),"
+                " extract(epoch FROM now() - seen_at)::float, extract(epoch FROM now() - gpu_seen_at)::float"
+                " FROM hosts WHERE host <> :all ORDER BY host"
+            ),
+            {"all": EVERYWHERE},
+        ).all()
+    return [HostView(*row) for row in rows]

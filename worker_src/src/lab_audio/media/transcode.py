@@ -1,0 +1,261 @@
+"""MP3 to the kept Opus, and Opus to samples: ffmpeg between pipes, given no path and no way to open one.
+
+The Opus is mono and 16 kHz, as speech recognition takes it, and bit-exact: encoding the same bytes again
+gives the same file.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import selectors
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lab_audio.errors import Fatal, Permanent
+
+SAMPLE_RATE = 16_000
+_BLOCK = 1 << 16
+_STDERR_KEPT = 1 << 13
+_MAX_PAGE = 27 + 255 + 255 * 255
+_GRANULE_RATE = 48_000
+
+_QUIET = ["-nostdin", "-hide_banner", "-loglevel", "error"]
+# Said after the line that tells what went wrong.
+_SECONDARY = re.compile(
+    r"pipe:[01]: |Conversion failed!|Error opening (in|out)put file|Exiting|out: Nothing was written"
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An Opus file that was made: its duration in seconds, SHA-256 and size in bytes."""
+
+    seconds: float
+    sha256: str
+    size: int
+
+
+def ffmpeg_command() -> str:
+    """Path of ffmpeg: the system's, else the one of imageio-ffmpeg. Raises Fatal without either."""
+    if found := shutil.which("ffmpeg"):
+        return found
+    try:
+        import imageio_ffmpeg
+
+        return str(imageio_ffmpeg.get_ffmpeg_exe())
+    except (ImportError, RuntimeError):
+        raise Fatal(
+            "ffmpeg is missing: install it (apt install ffmpeg), or see that PATH names its directory"
+        ) from None
+
+
+def encode(mp3: BinaryIO, opus: Path, *, bitrate: int, timeout: float | None = None) -> Encoded:
+    """Encode an MP3, read to its end, at `bitrate` bits per second; `opus` appears whole or not at all.
+
+    Raises Permanent if there is no audio in it or `timeout` seconds do not do; Fatal if scratch is full or
+    ffmpeg is missing; and what reading `mp3` raises.
+    """
+    argv = [ffmpeg_command(), *_QUIET]
+    argv += ["-protocol_whitelist", "pipe", "-f", "mp3", "-i", "pipe:0"]
+    argv += ["-map", "0:a:0", "-vn", "-sn", "-dn", "-map_metadata", "-1", "-map_chapters", "-1"]
+    argv += [
+        "-ac",
+        "1",
+        "-ar",
+        str(SAMPLE_RATE),
+        "-c:a",
+        "libopus",
+        "-b:a",
+        str(bitrate),
+        "-application",
+        "voip",
+    ]
+    argv += ["-fflags", "+bitexact", "-flags:a", "+bitexact", "-f", "ogg", "pipe:1"]
+    part = opus.with_name(f"{opus.name}.part")
+    digest, size = hashlib.sha256(), 0
+    try:
+        with part.open("wb", buffering=0) as file:
+
+            def keep(block: bytes) -> None:
+                nonlocal size
+                _write(file, block)
+                digest.update(block)
+                size += len(block)
+
+            _run(argv, mp3, keep, timeout)
+            _on_disk(part, lambda: os.fsync(file.fileno()))
+        seconds = duration(part) if size else 0.0
+        if not seconds:
+            raise Permanent("there is no sound in it")
+        _on_disk(part, lambda: part.replace(opus))
+    finally:
+        part.unlink(missing_ok=True)
+    return Encoded(seconds, digest.hexdigest(), size)
+
+
+def decode(opus: Path, *, timeout: float | None = None) -> Any:
+    """Samples of an Opus file: a float32 array of shape (n,), mono, 16 kHz, in [-1, 1].
+
+    Raises FileNotFoundError; Permanent if it cannot be decoded, or not in `timeout` seconds; Fatal.
+    """
+    import numpy as np
+
+    argv = [ffmpeg_command(), *_QUIET]
+    argv += ["-protocol_whitelist", "pipe", "-f", "ogg", "-i", "pipe:0"]
+    argv += [
+        "-map",
+        "0:a:0",
+        "-ac",
+        "1",
+        "-ar",
+        str(SAMPLE_RATE),
+        "-c:a",
+        "pcm_s16le",
+        "-f",
+        "s16le",
+        "pipe:1",
+    ]
+    samples = bytearray()
+    with opus.open("rb") as file:
+        _run(argv, file, samples.extend, timeout)
+    if not samples:
+        raise Permanent(f"{opus.name}: there is no sound in it")
+    return np.frombuffer(samples, dtype="<i2").astype(np.float32) / np.float32(32768)
+
+
+def duration(opus: Path) -> float:
+    """Seconds of an Ogg Opus file, from its last page. Raises Permanent if it is not one.
+
+    RFC 7845: the granule position counts samples at 48 kHz (section 4), of which the first `pre-skip`, named
+    in the identification header (section 5.1), are not played. The page layout is RFC 3533, section 6.
+    """
+    with opus.open("rb") as file:
+        head = file.read(_MAX_PAGE)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _MAX_PAGE))
+        tail = file.read()
+    packet = 27 + head[26] if len(head) > 27 else 0
+    if head[:4] != b"OggS" or head[packet : packet + 8] != b"OpusHead" or len(head) < packet + 19:
+        raise Permanent(f"{opus.name} is not Ogg Opus")
+    pre_skip = int.from_bytes(head[packet + 10 : packet + 12], "little")
+    start = len(tail)
+    while (start := tail.rfind(b"OggS", 0, start)) >= 0:
+        # "OggS" may also occur within a packet: the last page is the one that ends where the file does.
+        table = tail[start + 27 : start + 27 + tail[start + 26]] if start + 27 <= len(tail) else b""
+        if table and start + 27 + len(table) + sum(table) == len(tail):
+            granule = int.from_bytes(tail[start + 6 : start + 14], "little", signed=True)
+            return max(0, granule - pre_skip) / _GRANULE_RATE
+    raise Permanent(f"{opus.name} is cut off")
+
+
+def _run(argv: list[str], source: BinaryIO, sink: Callable[[bytes], object], timeout: float | None) -> None:
+    """Run a program, `source` its input, its output to `sink`; every program of this room is started here.
+
+    Raises Permanent with its last words if it fails or is not done in time. However this ends, the program's
+    process group has ended.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    try:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise Fatal(f"{argv[0]} cannot be started: {error.strerror}") from error
+    try:
+        words = _pump(process, source, sink, deadline)
+        process.wait(None if deadline is None else max(0, deadline - time.monotonic()))
+    except (TimeoutError, subprocess.TimeoutExpired):
+        raise Permanent(f"ffmpeg was not done with it in {timeout:g} seconds") from None
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe:
+                pipe.close()
+        process.wait()
+    if process.returncode:
+        raise Permanent(f"ffmpeg: {_last_words(words) or f'ended with {process.returncode}'}")
+
+
+def _pump(
+    process: subprocess.Popen[bytes],
+    source: BinaryIO,
+    sink: Callable[[bytes], object],
+    deadline: float | None,
+) -> bytes:
+    """Serve the three pipes at once until the outputs end; return the end of stderr. Raises TimeoutError."""
+    assert process.stdin and process.stdout and process.stderr
+    waiting: memoryview | None = memoryview(b"")
+    words = b""
+    outputs = {process.stdout, process.stderr}
+    os.set_blocking(process.stdin.fileno(), False)
+    with selectors.DefaultSelector() as ready:
+        ready.register(process.stdin, selectors.EVENT_WRITE)
+        for output in outputs:
+            ready.register(output, selectors.EVENT_READ)
+        while outputs:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError
+            for key, _ in ready.select(left):
+                if key.fileobj is process.stdin:
+                    waiting = waiting or memoryview(source.read(_BLOCK))
+                    # A program that has heard enough closes its end.
+                    with suppress(BlockingIOError):
+                        try:
+                            waiting = waiting[os.write(key.fd, waiting) :] if waiting else None
+                        except BrokenPipeError:
+                            waiting = None
+                    if waiting is None:
+                        ready.unregister(process.stdin)
+                        process.stdin.close()
+                elif block := os.read(key.fd, _BLOCK):
+                    if key.fileobj is process.stdout:
+                        sink(block)
+                    else:
+                        words = (words + block)[-_STDERR_KEPT:]
+                else:
+                    ready.unregister(key.fileobj)
+                    outputs.discard(key.fileobj)
+    return words
+
+
+def _write(file: Any, block: bytes) -> None:
+    left = memoryview(block)
+    while left:
+        left = left[_on_disk(Path(file.name), partial(file.write, left)) :]
+
+
+def _on_disk(path: Path, do: Callable[[], Any]) -> Any:
+    try:
+        return do()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Fatal(f"scratch is full: {path}: {error.strerror}; make room there") from error
+        raise
+
+
+def _last_words(words: bytes) -> str:
+    """The last line that tells what went wrong, fit for a log: no addresses, nothing unprintable."""
+    lines = []
+    for line in words.decode(errors="replace").splitlines():
+        plain = "".join(c for c in line if c.isprintable())
+        lines.append(re.sub(r"\[(\w+)[^\]]* @ 0x[0-9a-f]+\] *", r"\1: ", plain).strip()[:300])
+    lines = [line for line in lines if line]
+    return next((line for line in reversed(lines) if not _SECONDARY.match(line)), lines[-1] if lines else "")

@@ -1,0 +1,630 @@
+"""The object store: archives, processed recordings, and the one way of talking to S3.
+
+One configuration serves AWS, SeaweedFS and Swift. What was stored is checked against the ETag that the store
+itself computed, which has to be an MD5 (or, of a multipart upload, the MD5 of its parts' MD5s): no SSE-KMS.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import io
+import ipaddress
+import os
+import re
+import shutil
+import ssl
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import boto3
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore import exceptions as aws
+from botocore.config import Config
+from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
+
+from lab_audio.config import HostSettings, S3Settings, load
+from lab_audio.contracts import archive_key, check_batch_id, processed_key
+from lab_audio.errors import ConfigError, Fatal, LabAudioError, NotFound, Permanent, Retryable
+from lab_audio.scratch import batch_dir, cleanup_scratch, prepare
+
+__all__ = [
+    "ArchiveInfo",
+    "ArchiveStream",
+    "Bucket",
+    "asking",
+    "check_bucket",
+    "cleanup_scratch",
+    "delete_archive",
+    "delete_opus",
+    "download_archive",
+    "ensure_bucket",
+    "get_s3_client",
+    "head_archive",
+    "open_archive",
+    "open_bucket",
+    "upload_archive",
+    "upload_opus",
+]
+
+ATTEMPTS = 6
+MIB = 1 << 20
+PART_SIZE = 64 * MIB
+MAX_PARTS = 1000  # Swift's own default; AWS allows more
+RANGE_SIZE = 16 * MIB
+IN_FLIGHT = 4
+MAX_METADATA = 256  # bytes of one value, on Swift
+
+SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket and the client that reaches it; may be shared by threads."""
+
+    client: Any = field(repr=False)
+    name: str
+
+
+@dataclass(frozen=True)
+class ArchiveInfo:
+    """What the store says of an archive; `sha256` and `file_count` are None if another client put it."""
+
+    key: str
+    size: int
+    sha256: str | None
+    file_count: int | None
+    etag: str | None = None
+
+
+def get_s3_client(settings: S3Settings | None = None, *, attempts: int = ATTEMPTS) -> Any:
+    """A boto3 S3 client that tries each request `attempts` times. Raises ConfigError."""
+    settings = settings or load(S3Settings)
+    endpoint = urlsplit(settings.s3_endpoint)
+    client = boto3.Session().client(
+        "s3",
+        endpoint_url=settings.s3_endpoint,
+        aws_access_key_id=settings.s3_access_key.get_secret_value(),
+        aws_secret_access_key=settings.s3_secret_key.get_secret_value(),
+        region_name=settings.s3_region,
+        verify=_ca_bundle(settings),
+        config=Config(
+            signature_version="s3v4",
+            s3={
+                "addressing_style": "path",
+                # Hashing each payload costs a pass over it and protects nothing that TLS does not.
+                "payload_signing_enabled": not (
+                    endpoint.scheme == "https" or _is_loopback(endpoint.hostname)
+                ),
+            },
+            # Swift before 2.35 answers 501 to the checksum trailers that botocore would send over TLS.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            retries={"mode": "standard", "total_max_attempts": attempts},
+            max_pool_connections=32,
+            connect_timeout=5,
+            read_timeout=60,
+            tcp_keepalive=True,
+        ),
+    )
+    client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
+    return client
+
+
+def open_bucket(settings: S3Settings | None = None, *, attempts: int = ATTEMPTS) -> Bucket:
+    """The bucket of these settings, or of the environment; the store is not asked yet. Raises ConfigError."""
+    settings = settings or load(S3Settings)
+    return Bucket(get_s3_client(settings, attempts=attempts), settings.s3_bucket)
+
+
+def check_bucket(bucket: Bucket) -> None:
+    """Raises Fatal unless the bucket is there and may be used, Retryable while the store is away."""
+    try:
+        with asking(bucket, "HeadBucket"):
+            bucket.client.head_bucket(Bucket=bucket.name)
+    except NotFound:
+        raise Fatal(f"{_place(bucket)} does not exist: create the bucket, or correct S3_BUCKET") from None
+
+
+def ensure_bucket(bucket: Bucket) -> None:
+    """Create the bucket if it is missing."""
+    try:
+        with asking(bucket, "HeadBucket"):
+            bucket.client.head_bucket(Bucket=bucket.name)
+    except NotFound:
+        region = bucket.client.meta.region_name
+        where = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
+        with asking(bucket, "CreateBucket"):
+            try:
+                bucket.client.create_bucket(Bucket=bucket.name, **where)
+            except aws.ClientError as error:
+                if error.response["Error"]["Code"] != "BucketAlreadyOwnedByYou":
+                    raise
+
+
+def upload_archive(
+    local_path: Path,
+    batch_id: str,
+    *,
+    bucket: Bucket | None = None,
+    sha256: str | None = None,
+    file_count: int | None = None,
+    part_size: int = PART_SIZE,
+) -> str:
+    """Store a batch's tar and return its key; done already if these bytes are there.
+
+    `sha256` is that of the file, computed if not given. Raises Permanent if other bytes are stored under the
+    key; Retryable if the store is away or received other bytes than these (nothing is left of those); Fatal.
+    """
+    bucket = bucket or open_bucket()
+    key = archive_key(batch_id)
+    size = local_path.stat().st_size
+    part_size = max(part_size, -(-size // MAX_PARTS // MIB) * MIB)
+    sha256, etag = _digests(local_path, part_size if size >= part_size else None, sha256)
+    # An upload that was killed left parts that are paid for and never seen again.
+    _abort_uploads(bucket, key)
+    if _is_stored(bucket, key, size, sha256, etag):
+        return key
+    metadata = {"sha256": sha256, "size": str(size)}
+    if file_count is not None:
+        metadata["file-count"] = str(file_count)
+    with asking(bucket, "Upload", key):
+        # boto3 aborts a multipart upload on any exception. Its other transfer client ignores endpoint_url.
+        bucket.client.upload_file(
+            str(local_path),
+            bucket.name,
+            key,
+            ExtraArgs={"Metadata": metadata, "ContentType": "application/x-tar"},
+            Config=TransferConfig(
+                multipart_threshold=part_size,
+                multipart_chunksize=part_size,
+                max_concurrency=4,
+                preferred_transfer_client="classic",
+            ),
+        )
+    stored = _head(bucket, key)
+    if _etag(stored) != etag or stored["ContentLength"] != size:
+        delete_archive(key, bucket=bucket)
+        raise Retryable(
+            f"Upload {_place(bucket, key)}: the store received other bytes than {local_path} "
+            f"(ETag {_etag(stored)}, not {etag}); they were deleted. "
+            "Upload again; if it recurs, look for a bad network or disk"
+        )
+    return key
+
+
+def head_archive(batch_id: str, *, bucket: Bucket | None = None) -> ArchiveInfo:
+    """What the store says of a batch's archive. Raises NotFound, Retryable, Fatal."""
+    return _info(bucket or open_bucket(), archive_key(batch_id))
+
+
+def download_archive(
+    s3_key: str, batch_id: str, *, bucket: Bucket | None = None, dest: Path | None = None
+) -> Path:
+    """Fetch an archive to `dest` (SCRATCH_ROOT/{batch_id}/archive.tar) whole, or leave nothing there.
+
+    Raises NotFound, Permanent if its bytes are not those its metadata names, Retryable, Fatal (a full disk).
+    """
+    check_batch_id(batch_id)
+    bucket = bucket or open_bucket()
+    if dest is None:
+        root = load(HostSettings).scratch_root
+        prepare(root)
+        dest = batch_dir(root, batch_id) / "archive.tar"
+    info = _info(bucket, s3_key)
+    part = dest.with_name(f"{dest.name}.part")
+    try:
+        dest.parent.mkdir(mode=0o750, exist_ok=True)
+        with open_archive(info, bucket=bucket) as stream, part.open("wb") as file:
+            shutil.copyfileobj(stream, file, MIB)
+            file.flush()
+            os.fsync(file.fileno())
+        if info.sha256 not in (None, stream.sha256()):
+            raise Permanent(
+                f"{_place(bucket, s3_key)} has sha256 {stream.sha256()}, but was stored as {info.sha256}: "
+                "it was damaged in the store, or replaced. Transfer the batch again"
+            )
+        part.replace(dest)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Fatal(f"scratch is full: {part}: {error.strerror}; make room there") from error
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+    return dest
+
+
+def open_archive(
+    info: ArchiveInfo, *, bucket: Bucket | None = None, range_size: int = RANGE_SIZE
+) -> ArchiveStream:
+    """The archive's bytes in order, for `tarfile.open(fileobj=..., mode="r|", bufsize=1 << 20)`."""
+    return ArchiveStream(bucket or open_bucket(), info, range_size)
+
+
+class ArchiveStream(io.RawIOBase):
+    """An object read through a few range GETs in flight, in constant memory (at most five ranges).
+
+    Reading raises NotFound if the object goes away, Retryable if it changes or the store is away; then every
+    further read raises it again: no gap is ever passed over.
+    """
+
+    def __init__(self, bucket: Bucket, info: ArchiveInfo, range_size: int) -> None:
+        self._bucket = bucket
+        self._info = info
+        self._range_size = range_size
+        self._starts = iter(range(0, info.size, range_size))
+        self._stopped = threading.Event()
+        self._hash = hashlib.sha256()
+        self._current = memoryview(b"")
+        self._ranges: deque[Future[bytearray]] = deque()
+        self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="archive")
+        self._request_ranges()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._checkClosed()
+        if not self._current and self._ranges:
+            self._current = memoryview(self._ranges[0].result())
+            self._ranges.popleft()
+            self._request_ranges()
+        count = min(len(buffer), len(self._current))
+        buffer[:count] = self._current[:count]
+        self._hash.update(self._current[:count])
+        # An empty slice would keep its whole range in memory.
+        self._current = self._current[count:] or memoryview(b"")
+        return count
+
+    def sha256(self) -> str:
+        """Hex digest of everything read so far."""
+        return self._hash.hexdigest()
+
+    def drain(self) -> None:
+        """Read on to the end, so that `sha256` covers the whole object."""
+        buffer = bytearray(MIB)
+        while self.readinto(buffer):
+            pass
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stopped.set()
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._ranges.clear()
+            self._current = memoryview(b"")
+        super().close()
+
+    def _request_ranges(self) -> None:
+        for start in islice(self._starts, IN_FLIGHT - len(self._ranges)):
+            self._ranges.append(self._pool.submit(self._fetch, start))
+
+    def _fetch(self, start: int) -> bytearray:
+        """One range. botocore tries a request again, but not a body that breaks off: that is done here."""
+        length = min(self._range_size, self._info.size - start)
+        conditions = {"IfMatch": f'"{self._info.etag}"'} if self._info.etag else {}
+        with asking(self._bucket, "GetObject", self._info.key):
+            for last in (False, False, True):
+                response = self._bucket.client.get_object(
+                    Bucket=self._bucket.name,
+                    Key=self._info.key,
+                    Range=f"bytes={start}-{start + length - 1}",
+                    **conditions,
+                )
+                if response["ContentLength"] != length:
+                    where = _place(self._bucket, self._info.key)
+                    raise Retryable(
+                        f"GetObject {where}: {response['ContentLength']} bytes came "
+                        f"for {length} at {start}: the object has changed. Ask again"
+                    )
+                try:
+                    return self._read(response["Body"], length)
+                except (aws.BotoCoreError, HTTPError, OSError):
+                    if last or self._stopped.is_set():
+                        raise
+        raise AssertionError
+
+    def _read(self, body: Any, length: int) -> bytearray:
+        data = bytearray(length)
+        view, filled = memoryview(data), 0
+        try:
+            while filled < length:
+                count = body.readinto(view[filled : filled + MIB])
+                if not count or self._stopped.is_set():
+                    raise aws.IncompleteReadError(actual_bytes=filled, expected_bytes=length)
+                filled += count
+        except BaseException:
+            body.close()
+            raise
+        return data
+
+
+def upload_opus(
+    local_path: Path,
+    audio_id: int,
+    date: str,
+    *,
+    bucket: Bucket | None = None,
+    batch_id: str | None = None,
+    member: str | None = None,
+    sha256: str | None = None,
+) -> str:
+    """Store a recording under `processed/{date}/{audio_id}.opus` (date YYYY-MM-DD) and return the key.
+
+    What is there is replaced. Raises Permanent if the file is not the one of `sha256`; Retryable, Fatal.
+    """
+    bucket = bucket or open_bucket()
+    key = processed_key(date, audio_id)
+    data = local_path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if sha256 not in (None, digest):
+        raise Permanent(
+            f"{local_path} has sha256 {digest}, not {sha256}: it was damaged on scratch. Unpack it again"
+        )
+    md5 = hashlib.md5(data, usedforsecurity=False)
+    metadata = {"sha256": digest}
+    if batch_id is not None:
+        metadata["batch_id"] = batch_id
+    if member is not None:
+        metadata |= _member_metadata(member)
+    with asking(bucket, "PutObject", key):
+        stored = bucket.client.put_object(
+            Bucket=bucket.name,
+            Key=key,
+            Body=data,
+            ContentMD5=base64.b64encode(md5.digest()).decode(),
+            ContentType="audio/ogg; codecs=opus",
+            Metadata=metadata,
+        )
+    if _etag(stored) != md5.hexdigest():
+        raise Retryable(
+            f"PutObject {_place(bucket, key)}: the store has ETag {_etag(stored)}, not {md5.hexdigest()}. "
+            "Upload again; if it recurs, see that the bucket is not encrypted with SSE-KMS"
+        )
+    return key
+
+
+def delete_archive(s3_key: str, *, bucket: Bucket | None = None) -> None:
+    """Delete an archive; one that is not there is fine. Raises Retryable, Fatal."""
+    _delete(bucket or open_bucket(), s3_key)
+
+
+def delete_opus(key: str, *, bucket: Bucket | None = None) -> None:
+    """Delete a processed recording; one that is not there is fine. Raises Retryable, Fatal."""
+    _delete(bucket or open_bucket(), key)
+
+
+@contextmanager
+def asking(bucket: Bucket, operation: str, key: str = "") -> Iterator[None]:
+    """Around calls of the client: what boto3 or those below it raise becomes Retryable, NotFound, Fatal."""
+    try:
+        yield
+    except (
+        aws.BotoCoreError,
+        aws.ClientError,
+        Boto3Error,
+        ResponseParserError,
+        HTTPError,
+        ssl.SSLError,
+        ConnectionError,
+        TimeoutError,
+    ) as error:
+        raise _translate(error, bucket, f"{operation} {_place(bucket, key)}") from error
+
+
+_RETRYABLE_CODES = frozenset(
+    [
+        "BadDigest",
+        "IncompleteBody",
+        "InvalidPart",
+        "NoSuchUpload",
+        "OperationAborted",
+        "ConditionalRequestConflict",
+        "RequestTimeout",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+        "XAmzContentSHA256Mismatch",
+    ]
+)
+_CHECK_KEYS = (
+    "check S3_ACCESS_KEY and S3_SECRET_KEY, what their owner may do in this bucket, and this host's clock"
+)
+_CHECK_REGION = "check S3_REGION and S3_ENDPOINT"
+_ADVICE = {
+    "InvalidAccessKeyId": "check S3_ACCESS_KEY",
+    "SignatureDoesNotMatch": "check S3_SECRET_KEY",
+    "RequestTimeTooSkewed": "set this host's clock right",
+    "NoSuchBucket": "create the bucket, or correct S3_BUCKET",
+    "EntityTooLarge": "see whether a quota of the store is used up",
+    "AuthorizationHeaderMalformed": _CHECK_REGION,
+    "IllegalLocationConstraintException": _CHECK_REGION,
+    "InvalidLocationConstraint": _CHECK_REGION,
+    "PermanentRedirect": _CHECK_REGION,
+}
+_ADVICE_BY_STATUS = {
+    301: _CHECK_REGION,
+    400: _CHECK_REGION,
+    401: _CHECK_KEYS,
+    403: _CHECK_KEYS,
+    501: "this store cannot do it",
+}
+
+
+def _translate(error: Exception, bucket: Bucket, where: str) -> LabAudioError:
+    if isinstance(error, Boto3Error) and isinstance(error.__context__, aws.ClientError):
+        error = error.__context__
+    if isinstance(error, aws.ClientError):
+        return _refused(error, bucket, where)
+    what = f"{where}: {_without_secrets(bucket, str(error))}"
+    if "CERTIFICATE_VERIFY_FAILED" in what:
+        return Fatal(
+            f"{what}; the object store's certificate is not trusted: set S3_CA_BUNDLE to the file of its CA"
+        )
+    if isinstance(error, aws.BotoCoreError) and not isinstance(
+        error, (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError)
+    ):
+        return Fatal(what)
+    return Retryable(f"{what}; the object store is away, or the way to it is broken")
+
+
+def _refused(error: aws.ClientError, bucket: Bucket, where: str) -> LabAudioError:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    message = str(error.response.get("Error", {}).get("Message", ""))
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    words = dict.fromkeys(filter(None, (str(status or ""), code, _without_secrets(bucket, message))))
+    what = f"{where}: {' '.join(words)}"
+    if code in _ADVICE:
+        return Fatal(f"{what}; {_ADVICE[code]}")
+    if code == "NoSuchKey" or (status == 404 and code in ("", "404", "NotFound")):
+        return NotFound(f"{what}; the object is not in the store")
+    if status in (412, 416):
+        return Retryable(f"{what}; the object has changed meanwhile: ask again")
+    if code in _RETRYABLE_CODES or status in (408, 429) or (status >= 500 and status != 501):
+        return Retryable(f"{what}; try again later")
+    return Fatal(f"{what}; {_ADVICE_BY_STATUS.get(status, 'the store refuses this request')}")
+
+
+def _without_secrets(bucket: Bucket, text: str) -> str:
+    """A store's own words, which might repeat what it was sent."""
+    keys = bucket.client._request_signer._credentials
+    for secret in (keys.secret_key, keys.access_key):
+        text = text.replace(secret, "***")
+    return " ".join(text.split())[:300]
+
+
+def _place(bucket: Bucket, key: str = "") -> str:
+    parts = urlsplit(bucket.client.meta.endpoint_url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/{bucket.name}" + (f"/{key}" if key else "")
+
+
+def _ca_bundle(settings: S3Settings) -> str | None:
+    """The settings' or the system's certificates; None leaves it to botocore, which brings its own."""
+    if settings.s3_ca_bundle is not None:
+        if not settings.s3_ca_bundle.is_file():
+            raise ConfigError(f"S3_CA_BUNDLE: {settings.s3_ca_bundle} is not a file")
+        return str(settings.s3_ca_bundle)
+    for path in (os.environ.get("AWS_CA_BUNDLE"), ssl.get_default_verify_paths().cafile, SYSTEM_CA):
+        if path and Path(path).is_file():
+            return path
+    return None
+
+
+def _is_loopback(host: str | None) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def _add_content_md5(params: dict[str, Any], **_: Any) -> None:
+    """Swift before 2.35 refuses DeleteObjects without it, and botocore no longer sends it."""
+    body = params["body"]
+    digest = hashlib.md5(body.encode() if isinstance(body, str) else body, usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
+
+
+def _digests(path: Path, part_size: int | None, sha256: str | None) -> tuple[str, str]:
+    """(sha256, the ETag of a multipart upload in parts of this size, or of a single PUT)."""
+    whole = None if sha256 else hashlib.sha256()
+    parts: list[bytes] = []
+    with path.open("rb", buffering=0) as file:
+        while True:
+            md5, left = hashlib.md5(usedforsecurity=False), part_size
+            while block := file.read(MIB if left is None else min(MIB, left)):
+                md5.update(block)
+                if whole:
+                    whole.update(block)
+                if left is not None:
+                    left -= len(block)
+            if part_size is not None and left == part_size:
+                break
+            parts.append(md5.digest())
+            if part_size is None:
+                break
+    etag = parts[0].hex()
+    if part_size is not None:
+        etag = f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
+    return sha256 or (whole.hexdigest() if whole else ""), etag
+
+
+def _is_stored(bucket: Bucket, key: str, size: int, sha256: str, etag: str) -> bool:
+    """Whether these bytes are under the key. Raises Permanent if others are."""
+    try:
+        found = _head(bucket, key)
+    except NotFound:
+        return False
+    claimed = found["Metadata"].get("sha256")
+    if _etag(found) == etag and found["ContentLength"] == size and claimed in (None, sha256):
+        return True
+    if claimed != sha256:
+        raise Permanent(
+            f"{_place(bucket, key)} holds other bytes already ({found['ContentLength']} bytes, sha256 "
+            f"{claimed or 'unknown'}; here {size} bytes, {sha256}): an archive is never overwritten. "
+            "Give this batch a new id, or remove the object if it is known to be worthless"
+        )
+    # Our own upload of these bytes, cut off before it was verified.
+    _delete(bucket, key)
+    return False
+
+
+def _abort_uploads(bucket: Bucket, key: str) -> None:
+    with asking(bucket, "ListMultipartUploads", key):
+        pages = bucket.client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket.name, Prefix=key)
+        found = [u["UploadId"] for page in pages for u in page.get("Uploads", ()) if u["Key"] == key]
+    for upload_id in found:
+        with asking(bucket, "AbortMultipartUpload", key), suppress(bucket.client.exceptions.NoSuchUpload):
+            bucket.client.abort_multipart_upload(Bucket=bucket.name, Key=key, UploadId=upload_id)
+
+
+def _head(bucket: Bucket, key: str) -> dict[str, Any]:
+    try:
+        with asking(bucket, "HeadObject", key):
+            found: dict[str, Any] = bucket.client.head_object(Bucket=bucket.name, Key=key)
+            return found
+    except NotFound:
+        # A 404 to HEAD does not say what is missing; were it the bucket, no object would be to blame.
+        check_bucket(bucket)
+        raise
+
+
+def _info(bucket: Bucket, key: str) -> ArchiveInfo:
+    found = _head(bucket, key)
+    sha256 = found["Metadata"].get("sha256", "").lower()
+    count = found["Metadata"].get("file-count", "")
+    return ArchiveInfo(
+        key,
+        found["ContentLength"],
+        sha256 if re.fullmatch(r"[0-9a-f]{64}", sha256) else None,
+        int(count) if re.fullmatch(r"[0-9]{1,9}", count) else None,
+        _etag(found),
+    )
+
+
+def _delete(bucket: Bucket, key: str) -> None:
+    with asking(bucket, "DeleteObject", key), suppress(bucket.client.exceptions.NoSuchKey):
+        bucket.client.delete_object(Bucket=bucket.name, Key=key)
+
+
+def _etag(response: dict[str, Any]) -> str:
+    return str(response["ETag"]).strip('"')
+
+
+def _member_metadata(member: str) -> dict[str, str]:
+    """A member's path as a header can carry it, cut to what Swift keeps, and the hash of the whole."""
+    raw = member.encode("utf-8", "surrogateescape")
+    text = quote(raw, safe="/")
+    if len(text) > MAX_METADATA:
+        text = re.sub(r"%[0-9A-F]?$", "", text[:MAX_METADATA])
+    return {"member": text, "member-sha1": hashlib.sha1(raw, usedforsecurity=False).hexdigest()}

@@ -1,0 +1,132 @@
+"""What a host does beside its jobs: it beats, tidies its scratch, and returns the jobs of its dead slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from redis import Redis
+from sqlalchemy import Engine
+
+from lab_audio import ledger, queues, scratch
+from lab_audio.config import GpuSettings, UnpackSettings
+from lab_audio.contracts import UNPACK, processing_list, transcribe_list
+from lab_audio.errors import Fatal
+from lab_audio.ledger.hosts import BEAT_SECONDS
+from lab_audio.log import get_logger
+from lab_audio.s3_utils import Bucket, open_bucket
+from lab_audio.workers.loop import Stop, in_background, patiently
+
+TIDY_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host's name, its scratch, and the three stores."""
+
+    name: str
+    scratch: Path
+    engine: Engine
+    client: Redis
+    bucket: Bucket
+
+    def list_of(self, kind: str) -> str:
+        """The list that a kind of worker serves here."""
+        return UNPACK if kind == "unpack" else transcribe_list(self.name)
+
+
+def open_host(settings: UnpackSettings | GpuSettings, stop: Stop) -> Host:
+    """Open the stores, waiting for them, and enter this host. Raises Fatal or ConfigError if it may not work."""
+    host = Host(
+        settings.lab_host,
+        settings.scratch_root,
+        ledger.open_ledger(settings),
+        queues.open_queues(settings),
+        open_bucket(settings),
+    )
+    patiently(stop, ledger.check_migrated, host.engine)
+    patiently(stop, ledger.register, host.engine, host.name, scratch.prepare(host.scratch))
+    return host
+
+
+def open_inbox(host: Host, kind: str) -> tuple[scratch.Slot, queues.Inbox]:
+    """Take a slot of this kind and its way to jobs. The slot must be kept as long as the inbox is used."""
+    slot = scratch.take_slot(host.scratch, kind)
+    if slot is None:
+        raise Fatal(f"{scratch.MAX_SLOTS} {kind} workers run on {host.name} already")
+    own = processing_list(host.name, kind, slot.number)
+    return slot, queues.Inbox(host.client, host.list_of(kind), own)
+
+
+def beat(host: Host, stop: Stop, *, gpu: bool) -> None:
+    """Begin to say every 20 s, in a thread, that this host lives; with `gpu`, that its models are ready."""
+
+    def beats() -> None:
+        while not stop():
+            patiently(stop, ledger.beat, host.engine, host.name, gpu=gpu)
+            stop.wait(BEAT_SECONDS)
+
+    in_background(stop, "beat", beats)
+
+
+def attend(host: Host, kind: str, stop: Stop) -> None:
+    """Begin the host's duties in threads: beats, and at once and every minute the rest."""
+    beat(host, stop, gpu=False)
+
+    def duties() -> None:
+        while not stop():
+            patiently(stop, return_leftovers, host, kind)
+            patiently(stop, tidy, host)
+            stop.wait(TIDY_SECONDS)
+
+    in_background(stop, "duties", duties)
+
+
+def return_leftovers(host: Host, kind: str) -> None:
+    """Put the jobs of slots whose process is dead back to the list they came from."""
+    for number in queues.leftover_slots(host.client, host.name, kind):
+        slot = scratch.take_slot(host.scratch, kind, number)
+        if slot is None:
+            continue
+        try:
+            count = queues.put_back(host.client, host.name, kind, number, host.list_of(kind))
+        finally:
+            slot.release()
+        get_logger().info("returned the jobs of a dead slot", kind=kind, slot=number, jobs=count)
+
+
+def tidy(host: Host) -> None:
+    """TIDY: remove every folder that the ledger does not give this host, and let go of batches that ended here."""
+    held = ledger.held_batches(host.engine, host.name)
+    leaving = ledger.leaving_batches(host.engine, host.name)
+    strays = [batch_id for batch_id in scratch.batches(host.scratch) if batch_id not in held]
+    for batch_id in sorted({*leaving, *strays}):
+        tidy_batch(host, batch_id, wait=False)
+
+
+def tidy_batch(host: Host, batch_id: str, *, wait: bool = True) -> None:
+    """TIDY of one batch, under its lock and after reading the ledger again."""
+    with scratch.batch_lock(host.scratch, batch_id, wait=wait) as locked:
+        if not locked or ledger.holds(host.engine, batch_id, host.name):
+            return
+        try:
+            scratch.cleanup_scratch(batch_id, root=host.scratch)
+        except OSError as error:
+            get_logger().error("scratch folder cannot be removed", batch_id=batch_id, error=str(error))
+            return
+        batch = ledger.find_batch(host.engine, batch_id)
+        if batch is not None and batch.host == host.name:
+            queues.forget_batch(host.client, batch_id)
+            ledger.release(host.engine, batch_id, host.name)
+
+
+def return_batch(host: Host, batch_id: str) -> None:
+    """Give up a batch whose scratch is damaged: what is not done is unpacked again, here or elsewhere, uncounted."""
+    with scratch.batch_lock(host.scratch, batch_id):
+        if not ledger.holds(host.engine, batch_id, host.name):
+            return
+        scratch.cleanup_scratch(batch_id, root=host.scratch)
+        job = ledger.give_back(host.engine, batch_id, host.name)
+    if job is not None:
+        queues.push(host.client, UNPACK, job)
+    get_logger().warning("batch returned: its scratch was lost", batch_id=batch_id)

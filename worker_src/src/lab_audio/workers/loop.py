@@ -1,0 +1,116 @@
+"""What all workers share: being asked to stop, and waiting for a store that is away."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import tenacity
+
+from lab_audio.errors import Fatal, LabAudioError, Retryable
+from lab_audio.log import get_logger
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+COMPLAIN_SECONDS = 60
+
+
+class Stopped(Exception):
+    """The worker was asked to stop while it waited; what it held stays in its processing list."""
+
+
+class Stop:
+    """Set when the worker is to claim nothing more; keeps the error if one was the reason."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.failure: BaseException | None = None
+
+    def __call__(self) -> bool:
+        return self.event.is_set()
+
+    def on_signals(self) -> Stop:
+        """Stop at SIGTERM and SIGINT. A second SIGINT interrupts at once."""
+
+        def handler(number: int, frame: object) -> None:
+            if self.event.is_set() and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.event.set()
+
+        signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGINT, handler)
+        return self
+
+    def fail(self, error: BaseException) -> None:
+        """Stop because of an error; the first one counts."""
+        self.failure = self.failure or error
+        self.event.set()
+
+    def wait(self, seconds: float) -> bool:
+        return self.event.wait(seconds)
+
+    def check(self) -> None:
+        """Raise the error that stopped the worker, if it was one."""
+        if self.failure is not None:
+            raise self.failure
+
+
+def patiently(stop: Stop, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call `act` until its store answers, saying so once a minute. Raises Stopped if asked to stop meanwhile."""
+    complained = -float(COMPLAIN_SECONDS)
+
+    def complain(state: tenacity.RetryCallState) -> None:
+        nonlocal complained
+        if time.monotonic() - complained >= COMPLAIN_SECONDS:
+            complained = time.monotonic()
+            get_logger().warning(
+                "waiting for a store", error=str(state.outcome and state.outcome.exception())
+            )
+
+    def give_up(state: tenacity.RetryCallState) -> Any:
+        raise Stopped
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(Retryable),
+        wait=tenacity.wait_exponential_jitter(initial=0.2, max=15),
+        sleep=tenacity.sleep_using_event(stop.event),
+        stop=tenacity.stop_when_event_set(stop.event),
+        before_sleep=complain,
+        retry_error_callback=give_up,
+    )
+    return retrying(act, *args, **kwargs)
+
+
+def in_background(stop: Stop, name: str, act: Callable[[], None]) -> threading.Thread:
+    """Run `act` in a thread; an error in it stops the worker."""
+
+    def run() -> None:
+        try:
+            act()
+        except Stopped:
+            pass
+        except BaseException as error:
+            stop.fail(error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def exit_code(act: Callable[[], object]) -> int:
+    """Run `act` and say an error of ours in plain words: 0, 78 for configuration, 70 for other fatal errors, else 1."""
+    try:
+        act()
+    except Fatal as error:
+        for line in str(error).splitlines():
+            print(f"lab-audio: {line}", file=sys.stderr)
+        return error.exit_code
+    except LabAudioError as error:
+        print(f"lab-audio: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,272 @@
+"""The transfer worker: settled source files become verified archives, each with a job.
+
+    mint in the ledger -> build the tar -> upload, verified -> record -> push the job -> fate of the source files
+
+A kill at any point leaves a ledger that says where to go on: unfinished mints first, then jobs and fates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from redis import Redis
+from sqlalchemy import Connection, Engine, text
+
+from lab_audio import ledger, queues, s3_utils, source
+from lab_audio.config import TransferSettings
+from lab_audio.contracts import UNPACK, SourceFile, UnpackJob, archive_key
+from lab_audio.errors import Fatal, NotFound, Permanent
+from lab_audio.ledger import Archive, Mint
+from lab_audio.log import get_logger
+from lab_audio.media import archive as tar
+from lab_audio.s3_utils import Bucket
+from lab_audio.workers.loop import Stop, Stopped, patiently
+
+LOCK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One source, the three stores, and the directory for the archive being built."""
+
+    source: source.Source
+    engine: Engine
+    client: Redis
+    bucket: Bucket
+    tmp: Path
+    fate: str
+
+
+def run(settings: TransferSettings, stop: Stop, *, once: bool = False) -> None:
+    """Transfer what settles at the source until asked to stop; with `once`, what is settled now."""
+    where = source.parse(settings.source, ssh_key=settings.ssh_key, ssh_known_hosts=settings.ssh_known_hosts)
+    transfer = Transfer(
+        where,
+        ledger.open_ledger(settings),
+        queues.open_queues(settings),
+        s3_utils.open_bucket(settings),
+        settings.transfer_tmp / hashlib.sha256(where.name.encode()).hexdigest()[:16],
+        settings.source_fate,
+    )
+    try:
+        patiently(stop, ledger.check_migrated, transfer.engine)
+        while not stop():
+            patiently(stop, hold_and_transfer, transfer, settings, stop, once)
+            if once:
+                break
+            stop.wait(LOCK_SECONDS)
+    except Stopped:
+        pass
+    stop.check()
+
+
+def hold_and_transfer(transfer: Transfer, settings: TransferSettings, stop: Stop, once: bool) -> None:
+    """Transfer as long as this process holds the source; returns at once if another does."""
+    with ledger.lock_source(transfer.engine, transfer.source.name) as lock:
+        if lock is None:
+            get_logger().info("another transfer worker holds the source", source=transfer.source.name)
+            return
+        empty_tmp(transfer.tmp)
+        try:
+            push_unqueued(transfer)
+            for unfinished in ledger.unfinished_mints(transfer.engine, transfer.source.name):
+                finish_mint(transfer, unfinished, stop)
+            do_fates(transfer)
+            while not stop():
+                began = time.monotonic()
+                transfer_settled(transfer, settings, lock, stop)
+                if once:
+                    return
+                stop.wait(max(0.0, settings.scan_seconds - (time.monotonic() - began)))
+        finally:
+            shutil.rmtree(transfer.tmp, ignore_errors=True)
+
+
+def empty_tmp(tmp: Path) -> None:
+    """Make the directory for archives, without what a killed run left. Raises Fatal where it cannot be written."""
+    try:
+        if tmp.exists():
+            shutil.rmtree(tmp)
+        tmp.mkdir(mode=0o700, parents=True)
+    except OSError as error:
+        raise Fatal(f"TRANSFER_TMP {tmp} cannot be used: {error.strerror}") from None
+
+
+def transfer_settled(transfer: Transfer, settings: TransferSettings, lock: Connection, stop: Stop) -> None:
+    """Look at the source once, and transfer batch after batch until nothing settled is left."""
+    files = patiently(stop, source.settled, transfer.source, settings.settle_seconds)
+    while files and not stop():
+        lock.execute(text("SELECT 1"))  # the source is ours only as long as this connection lives
+        minted = ledger.mint(
+            transfer.engine,
+            transfer.source.name,
+            files,
+            most_files=settings.batch_files,
+            most_bytes=settings.batch_bytes,
+        )
+        if minted is None:
+            return
+        finish_mint(transfer, minted, stop)
+        do_fates(transfer)
+
+
+def finish_mint(transfer: Transfer, minted: Mint, stop: Stop) -> None:
+    """Bring a minted batch's archive into the store, record it, and push its job."""
+    log = get_logger().bind(batch_id=minted.batch_id)
+    log.info("batch minted", files=len(minted.files), bytes=sum(file.size for file in minted.files))
+    path = transfer.tmp / f"{minted.batch_id}.tar"
+    try:
+        archive, struck = patiently(stop, stored_archive, transfer, minted) or patiently(
+            stop, store_archive, transfer, minted, path
+        )
+    finally:
+        path.unlink(missing_ok=True)
+    job = None if archive is None else new_job(minted.batch_id, archive.file_count or 0)
+    patiently(
+        stop,
+        ledger.record_upload,
+        transfer.engine,
+        minted.batch_id,
+        job,
+        archive or Archive(None, None, None),
+        struck,
+    )
+    for file, reason in struck.items():
+        log.warning("source file left out", path=file.path, reason=reason)
+    if job is not None:
+        patiently(stop, queues.push, transfer.client, UNPACK, job)
+        log.info("batch uploaded", files=len(minted.files) - len(struck))
+
+
+def new_job(batch_id: str, file_count: int) -> str:
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return UnpackJob(
+        batch_id=batch_id, s3_key=archive_key(batch_id), file_count=file_count, transferred_at=now
+    ).payload()
+
+
+def stored_archive(transfer: Transfer, minted: Mint) -> tuple[Archive | None, dict[SourceFile, str]] | None:
+    """An archive that an earlier run stored for this batch and never recorded, read back whole; None if there is none.
+
+    It is taken as it is: what the source holds now may be something else. A damaged one is deleted.
+    """
+    try:
+        info = s3_utils.head_archive(minted.batch_id, bucket=transfer.bucket)
+    except NotFound:
+        return None
+    as_it_is = is_archive(minted)
+    with s3_utils.open_archive(info, bucket=transfer.bucket) as stream:
+        content = cast(BinaryIO, stream)
+        count, found = 0, set(minted.files)
+        try:
+            if as_it_is:
+                count = len([member.name for member in tar.read(content)])
+            else:
+                found = set(tar.sources(content))
+                count = len(found)
+        except tar.ArchiveBroken as error:
+            get_logger().warning("stored archive is broken", batch_id=minted.batch_id, reason=str(error))
+        stream.drain()
+        sha256 = stream.sha256()
+    if info.sha256 != sha256:
+        s3_utils.delete_archive(info.key, bucket=transfer.bucket)
+        return None
+    struck = {file: "not in the stored archive" for file in minted.files if file not in found}
+    return Archive(sha256, info.size, count), struck
+
+
+def is_archive(minted: Mint) -> bool:
+    """Whether the batch is one archive that lay at the source, to be taken as it is."""
+    return len(minted.files) == 1 and minted.files[0].path.lower().endswith(".tar")
+
+
+def store_archive(
+    transfer: Transfer, minted: Mint, path: Path
+) -> tuple[Archive | None, dict[SourceFile, str]]:
+    """Build the archive of what is still as it was minted, and upload it. Also returns what was left out, and why.
+
+    Raises Retryable if a file changed while it was read: the next try leaves it out.
+    """
+    built, struck = (copy_archive if is_archive(minted) else build_archive)(transfer, minted, path)
+    if built is None:
+        return None, struck
+    s3_utils.upload_archive(
+        path, minted.batch_id, bucket=transfer.bucket, sha256=built.sha256, file_count=built.file_count
+    )
+    return Archive(built.sha256, built.size, built.file_count), struck
+
+
+def build_archive(
+    transfer: Transfer, minted: Mint, path: Path
+) -> tuple[tar.Built | None, dict[SourceFile, str]]:
+    now = source.stat(transfer.source, [file.path for file in minted.files])
+    struck = {
+        file: "changed before upload" if file.path in now else "vanished before upload"
+        for file in minted.files
+        if now.get(file.path) != file
+    }
+    wanted = [file for file in minted.files if file not in struck]
+    came: set[SourceFile] = set()
+
+    def noted(members: Iterable[tuple[SourceFile, BinaryIO]]) -> Iterator[tuple[SourceFile, BinaryIO]]:
+        for file, content in members:
+            came.add(file)
+            yield file, content
+
+    with source.stream(transfer.source, wanted) as members:
+        built = tar.build(noted(members), path)
+    struck |= {file: "vanished before upload" for file in wanted if file not in came}
+    return (built if came else None), struck
+
+
+def copy_archive(
+    transfer: Transfer, minted: Mint, path: Path
+) -> tuple[tar.Built | None, dict[SourceFile, str]]:
+    (file,) = minted.files
+    try:
+        sha256, size = source.fetch_file(transfer.source, file, path)
+    except NotFound:
+        return None, {file: "vanished before upload"}
+    except Permanent:
+        return None, {file: "changed before upload"}
+    count = 0
+    try:
+        with path.open("rb") as content:
+            for _ in tar.read(content):
+                count += 1
+    except tar.ArchiveBroken as error:
+        get_logger().warning("archive at the source is broken", path=file.path, reason=str(error))
+    return tar.Built(sha256, size, count), {}
+
+
+def push_unqueued(transfer: Transfer) -> None:
+    """Push the job of every uploaded batch that Redis does not hold."""
+    for batch_id, job in ledger.unqueued(transfer.engine, queues.queued_unpack_jobs(transfer.client)):
+        queues.push(transfer.client, UNPACK, job)
+        get_logger().info("job pushed again", batch_id=batch_id)
+
+
+def do_fates(transfer: Transfer) -> None:
+    """Move or delete source files whose archive is verified, where they still are what was archived."""
+    files = ledger.unfated(transfer.engine, transfer.source.name)
+    if not files:
+        return
+    gone = {file.path for file in files}
+    if transfer.fate in ("move", "delete"):
+        done = source.apply_fate(transfer.source, files, "move" if transfer.fate == "move" else "delete")
+        left = [file for file in files if file.path not in done]
+        now = source.stat(transfer.source, [file.path for file in left]) if left else {}
+        stuck = {file.path for file in left if now.get(file.path) == file}
+        if stuck:
+            get_logger().warning(
+                "source files cannot be removed", fate=transfer.fate, count=len(stuck), first=min(stuck)
+            )
+        gone -= stuck
+    ledger.fated(transfer.engine, transfer.source.name, [file for file in files if file.path in gone])

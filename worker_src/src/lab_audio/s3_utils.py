@@ -613,7 +613,7 @@ def _info(bucket: Bucket, key: str) -> ArchiveInfo:
 
 
 def _delete(bucket: Bucket, key: str) -> None:
-    with asking(bucket, "DeleteObject", key), suppress(bucket.client.exceptions.NoSuchKey):
+    with suppress(NotFound), asking(bucket, "DeleteObject", key):
         bucket.client.delete_object(Bucket=bucket.name, Key=key)
 
 

@@ -54,7 +54,7 @@ _LIST = (
 _STAT = _CD + f"xargs -0 -r sh -c 'find \"$@\" -maxdepth 0 -type f {_FORMAT}' sh"
 # Without --hard-dereference the second of two hard-linked files would arrive as a link.
 _TAR = (
-    _CD + "unset TAR_OPTIONS; exec tar --null --verbatim-files-from --no-unquote --no-recursion "
+    _CD + "unset TAR_OPTIONS; exec tar --null --verbatim-files-from --no-recursion "
     "--hard-dereference --format=posix -cf - -T -"
 )
 _CAT = _CD + 'exec cat -- "$2"'

@@ -209,7 +209,7 @@ def _entries(forward: _Forward) -> Iterator[tarfile.TarInfo]:
         except Exception as error:  # hostile headers make tarfile raise nearly anything
             if forward.failure:
                 raise forward.failure from None
-            raise ArchiveBroken(_why(forward, error)) from None
+            raise ArchiveBroken(_why(forward, f" ({error})")) from None
         if info is None:
             if forward.failure:
                 raise forward.failure
@@ -219,10 +219,8 @@ def _entries(forward: _Forward) -> Iterator[tarfile.TarInfo]:
         archive.members.clear()  # type: ignore[attr-defined]
         forward.header_bytes = 0
         yield info
-    if len(forward.last) < BLOCK:
-        raise ArchiveBroken("archive is truncated")
     if forward.last.strip(b"\0"):
-        raise ArchiveBroken(f"header before byte {forward.position} is broken")
+        raise ArchiveBroken(_why(forward))
     second = forward.take(BLOCK)
     if second.strip(b"\0"):
         raise ArchiveBroken(f"data after the end of the archive, before byte {forward.position}")
@@ -233,7 +231,8 @@ def _entries(forward: _Forward) -> Iterator[tarfile.TarInfo]:
             raise ArchiveBroken(f"data after the end of the archive, before byte {forward.position}")
 
 
-def _why(forward: _Forward, error: Exception) -> str:
+def _why(forward: _Forward, detail: str = "") -> str:
+    """What is wrong with the block that tarfile read last."""
     if forward.position <= BLOCK:
         for magic, kind in _COMPRESSED.items():
             if forward.last.startswith(magic):
@@ -242,7 +241,7 @@ def _why(forward: _Forward, error: Exception) -> str:
             return "is not a tar archive"
     if len(forward.last) < forward.asked:
         return "archive is truncated"
-    return f"header before byte {forward.position} is broken ({error})"
+    return f"header before byte {forward.position} is broken{detail}"
 
 
 class _Forward:

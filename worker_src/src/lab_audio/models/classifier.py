@@ -24,7 +24,7 @@ from lab_audio.models.runtime import (
     loading,
     model_directories,
     offline_imports,
-    parse_device,
+    select_device,
     the_one,
 )
 
@@ -99,7 +99,6 @@ class Classifier:
         should be, Fatal without lab-audio[gpu] or GPU.
         """
         base, adapter = find_gemma(models_root)
-        kind, index = parse_device(device)
         with offline_imports(models_root):
             import torch
             from peft import PeftModel
@@ -107,6 +106,7 @@ class Classifier:
             from transformers.utils import logging
 
             logging.disable_progress_bar()
+        kind, index = select_device(device)
         self._device = kind if kind == "cpu" else f"{kind}:{index}"
         self._max_tokens = max_tokens
         self._batch_tokens = batch_tokens
@@ -115,8 +115,6 @@ class Classifier:
             self._tokenizer = AutoTokenizer.from_pretrained(str(base), local_files_only=True)
         self._labels = self._check_tokenizer(base)
         with loading(base, device):
-            if kind == "cuda":
-                torch.cuda.set_device(index)
             model = AutoModelForCausalLM.from_pretrained(
                 str(base),
                 local_files_only=True,

@@ -12,8 +12,8 @@ _MIB = 1 << 20
 def revision(directory: Path) -> str:
     """The revision named in the directory's manifest.json, else a fingerprint of 16 hex digits.
 
-    The fingerprint covers every file's relative name, size and content (above 1 MiB: its first and last MiB), so
-    that 18 GB take a moment. Hidden files, such as a downloader's bookkeeping, do not count.
+    The fingerprint covers every file's relative name, size and content (above 1 MiB its first and last MiB),
+    so 18 GB take a moment. Hidden files, such as a downloader's bookkeeping, do not count.
     """
     try:
         named = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["revision"]

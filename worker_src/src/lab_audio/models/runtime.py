@@ -63,12 +63,25 @@ def loading(directory: Path, device: str) -> Iterator[None]:
         raise ConfigError(f"MODELS_ROOT: {directory} cannot be loaded: {reason}") from error
 
 
-def parse_device(device: str) -> tuple[str, int]:
-    """`cpu`, `cuda` or `cuda:1` as kind and index; raises ConfigError for another."""
+def select_device(device: str) -> tuple[str, int]:
+    """`cpu`, `cuda` or `cuda:N` as kind and index; a GPU becomes this process's own.
+
+    Raises ConfigError for another name, Fatal where that GPU is not there.
+    """
     match = re.fullmatch(r"(cpu|cuda)(?::([0-9]+))?", device)
     if not match:
         raise ConfigError(f"DEVICES: {device!r} is not cpu, cuda or cuda:N")
-    return match[1], int(match[2] or 0)
+    kind, index = match[1], int(match[2] or 0)
+    if kind == "cuda":
+        import torch
+
+        if index >= torch.cuda.device_count():
+            raise Fatal(
+                f"DEVICES: {device}, but torch finds {torch.cuda.device_count()} GPUs here: see nvidia-smi"
+            )
+        with gpu_errors_are_fatal(device):
+            torch.cuda.set_device(index)
+    return kind, index
 
 
 def model_directories(root: Path) -> list[Path]:

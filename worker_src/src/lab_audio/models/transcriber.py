@@ -21,7 +21,7 @@ from lab_audio.models.runtime import (
     loading,
     model_directories,
     offline_imports,
-    parse_device,
+    select_device,
     the_one,
 )
 
@@ -48,20 +48,16 @@ class Transcriber:
         """
         self._root = models_root / "whisperx"
         whisper = find_whisper(models_root)
-        kind, index = parse_device(device)
         with offline_imports(models_root):
             os.environ["NLTK_DATA"] = str(self._root / "nltk_data")
-            import torch
             import whisperx
             import whisperx.asr
+        kind, index = select_device(device)
         self._device = kind if kind == "cpu" else f"{kind}:{index}"
         self._batch_size = batch_size
         self._align = align
         self._aligners: dict[str, tuple[Any, Any] | None] = {}
-        self._inference_mode = torch.inference_mode
         with loading(whisper, device):
-            if kind == "cuda":
-                torch.cuda.set_device(index)
             self._pipeline = whisperx.load_model(
                 str(whisper),
                 kind,
@@ -86,9 +82,10 @@ class Transcriber:
     def transcribe(self, samples: NDArray[np.float32]) -> Transcript:
         """What is said in mono 16 kHz samples of any length. Raises Fatal if the GPU fails."""
         import numpy as np
+        import torch
 
         samples = np.require(samples, np.float32, ["C", "W"])  # a copy only where torch could not share it
-        with self._inference_mode(), gpu_errors_are_fatal(self._device):
+        with torch.inference_mode(), gpu_errors_are_fatal(self._device):
             spans = self._speech(samples)
             if not spans:
                 return self._silence()

@@ -42,14 +42,7 @@ from lab_audio.contracts import (
 from lab_audio.errors import ConfigError, Fatal, LabAudioError, Permanent
 from lab_audio.ledger import Item
 from lab_audio.media import transcode
-from lab_audio.workers.host import (
-    Host,
-    attend,
-    open_host,
-    open_inbox,
-    return_batch,
-    tidy_batch,
-)
+from lab_audio.workers.host import Host, attend, beat, open_host, open_inbox, return_batch, tidy_batch
 from lab_audio.workers.loop import Stop, Stopped, exit_code, in_background, patiently
 
 IDLE_SECONDS = 2
@@ -81,6 +74,7 @@ def load_models(settings: GpuSettings, device: str) -> Models:
         align=settings.align,
     )
     classifier = Classifier(settings.models_root, device)
+    classifier.prepare(policies)
     return Models(transcriber.transcribe, lambda texts: classifier.classify(texts, policies))
 
 

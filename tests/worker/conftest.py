@@ -1,0 +1,41 @@
+"""The servers of the demo for tests, and an environment of a test's own on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+from processes import NotReady
+from stack import Stack
+
+settings.register_profile("lab", deadline=None, print_blob=True)
+settings.load_profile("lab")
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """SeaweedFS, Valkey and PostgreSQL, for all tests of this process."""
+    servers = Stack(tmp_path_factory.mktemp("stack"))
+    try:
+        servers.__enter__()
+    except NotReady:
+        raise
+    except RuntimeError as missing:
+        if os.environ.get("REQUIRE_ALL") == "1":
+            raise
+        pytest.skip(str(missing))
+    try:
+        yield servers
+    finally:
+        servers.stop()
+
+
+@pytest.fixture
+def env(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """Settings of lab_audio with an empty bucket, Redis and database of this test; also in os.environ."""
+    with stack.fresh() as fresh:
+        for name, value in fresh.items():
+            monkeypatch.setenv(name, value)
+        yield fresh

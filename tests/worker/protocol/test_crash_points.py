@@ -1,0 +1,28 @@
+"""Each worker is killed before each of its effects, one after the other; then all run again, and all is accounted for."""
+
+from __future__ import annotations
+
+import pytest
+from crash import plant, snags_after_kill
+from world import World
+
+
+@pytest.mark.parametrize("role", ["transfer", "unpack", "gpu"])
+def test_killed_before_each_effect(world: World, role: str) -> None:
+    plant(world, role)
+    _, effects = world.run(role)
+    world.finish(transfer=role == "transfer")
+    assert world.snags() == []
+    assert len(effects) > 10
+    for place in range(1, len(effects) + 1):
+        snags = snags_after_kill(world, role, place)
+        assert snags == [], f"{role} killed before effect {place}, {effects[place - 1]}"
+
+
+@pytest.mark.parametrize("role", ["transfer", "unpack", "gpu"])
+def test_killed_twice_in_a_row(world: World, role: str) -> None:
+    plant(world, role)
+    _, effects = world.run(role)
+    for place in range(3, len(effects) + 1, 6):
+        snags = snags_after_kill(world, role, place, place // 2 + 1)
+        assert snags == [], f"{role} killed before effect {place}, then before {place // 2 + 1}"

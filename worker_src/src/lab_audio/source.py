@@ -49,7 +49,8 @@ _FORMAT = '-printf "%s %T@ %C@ %p\\0"'
 _LIST = (
     _CD + 'date "+%s.%N" | tr "\\n" "\\0"; '
     'find . -mindepth 1 -ignore_readdir_race -name ".*" -prune '
-    f'-o -type f "(" -iname "*.mp3" -o -iname "*.tar" ")" {_FORMAT}'
+    f'-o -type f "(" -iname "*.mp3" -o -iname "*.tar" ")" '
+    f'"(" -readable {_FORMAT} -o -fprintf /dev/stderr "%P cannot be read\\n" ")"'
 )
 _STAT = _CD + f"xargs -0 -r sh -c 'find \"$@\" -maxdepth 0 -type f {_FORMAT}' sh"
 # Without --hard-dereference the second of two hard-linked files would arrive as a link.

@@ -78,13 +78,17 @@ def mint(
         manifest = hashlib.sha256(source.encode())
         for file in chosen:
             manifest.update(b"\0%b\0%d\0%d" % (os.fsencode(file.path), file.size, file.mtime_ns))
-        batch_id = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{manifest.hexdigest()[:6]}"
-        connection.execute(
-            text(
-                "INSERT INTO batches (batch_id, state, source, minted_at) VALUES (:id, 'minted', :source, now())"
-            ),
-            {"id": batch_id, "source": source},
-        )
+        entered = 0
+        while not entered:
+            batch_id = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{manifest.hexdigest()[:6]}"
+            entered = connection.execute(
+                text(
+                    "INSERT INTO batches (batch_id, state, source, minted_at)"
+                    " VALUES (:id, 'minted', :source, now()) ON CONFLICT DO NOTHING"
+                ),
+                {"id": batch_id, "source": source},
+            ).rowcount
+            manifest.update(b"\0")  # the same files in the same second again: another id
         connection.execute(
             text(
                 "INSERT INTO source_files (batch_id, source, path, size, mtime_ns)"

@@ -163,7 +163,7 @@ class Slot:
         except (FileNotFoundError, ValidationError):
             pass
         try:
-            work.samples = transcode.decode(opus)
+            work.samples = transcode.decode(opus, timeout=60 + (item.seconds or 0))
         except FileNotFoundError:
             patiently(self.stop, return_batch, host, item.batch_id)
             patiently(self.stop, inbox.drop, job)

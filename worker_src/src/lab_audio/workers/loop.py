@@ -77,7 +77,7 @@ def patiently(stop: Stop, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(Retryable),
-        wait=tenacity.wait_exponential_jitter(initial=0.2, max=15),
+        wait=tenacity.wait_random_exponential(multiplier=0.4, max=15),
         sleep=tenacity.sleep_using_event(stop.event),
         stop=tenacity.stop_when_event_set(stop.event),
         before_sleep=complain,

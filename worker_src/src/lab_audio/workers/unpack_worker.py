@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections import deque
@@ -216,7 +217,14 @@ def encode(row: NewItem, mp3: BinaryIO, folder: Path, bitrate: int) -> NewItem:
     """Encode one recording; one that cannot be is a row with the reason."""
     with mp3:
         try:
-            opus = transcode.encode(mp3, folder / f"{row.item}.opus", bitrate=bitrate)
+            opus = transcode.encode(mp3, folder / f"{row.item}.opus", bitrate=bitrate, timeout=encode_seconds(mp3))
         except Permanent as error:
             return replace(row, reason=str(error))
     return replace(row, seconds=opus.seconds)
+
+
+def encode_seconds(mp3: BinaryIO) -> float:
+    """A bound for encoding: a minute, and what a tenth of a core needs for MP3 of 8 kb/s."""
+    size = mp3.seek(0, os.SEEK_END)
+    mp3.seek(0)
+    return 60 + size / 6_000

@@ -106,6 +106,7 @@ def run(command: list[str], directory: Path) -> int:
     env = {
         **os.environ,
         "XDG_CACHE_HOME": str(CACHE),
+        "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "torchinductor"),
         "MPLCONFIGDIR": str(CACHE / "matplotlib"),
         "RUFF_CACHE_DIR": str(CACHE / "ruff"),
         "MYPY_CACHE_DIR": str(CACHE / "mypy"),

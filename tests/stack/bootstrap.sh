@@ -83,13 +83,13 @@ if ! current demo "$demo_stamp"; then
     # PyPI's torch for x86-64 is the CUDA build; pip finds a CPU build only where it has been told of one.
     if [ "$(uname -m)" != x86_64 ] || .venv/bin/pip index versions torch 2>/dev/null | grep -qF "${torch#torch==}+cpu"; then
         say "Downloading $(size demo-cpu): Whisper and its libraries, torch for the CPU, the three servers."
-        .venv/bin/pip install -qq --no-compile --no-deps -r "$locks/demo.txt"
+        .venv/bin/pip install -qq --no-deps -r "$locks/demo.txt"
     else
         say "Downloading $(size demo-cuda): pip knows no CPU build of ${torch/==/ }, so its CUDA build comes with its libraries."
         say "  (much less with a CPU index of torch in PIP_EXTRA_INDEX_URL, or its wheel in PIP_FIND_LINKS)"
-        .venv/bin/pip install -qq --no-compile -c "$locks/demo.txt" "$torch"
+        .venv/bin/pip install -qq -c "$locks/demo.txt" "$torch"
         grep -v '^torch==' "$locks/demo.txt" >"$pins"
-        .venv/bin/pip install -qq --no-compile --no-deps -r "$pins"
+        .venv/bin/pip install -qq --no-deps -r "$pins"
     fi
     # PyPI's torchaudio is linked to CUDA and dies beside a CPU torch; without these files it is pure Python, which does.
     if .venv/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
@@ -104,6 +104,6 @@ fi
 
 if [ "$profile" = test ] && ! current test "$test_stamp"; then
     say "Downloading $(size test): test tools."
-    .venv/bin/pip install -qq --no-compile --no-deps -r "$locks/test.txt"
+    .venv/bin/pip install -qq --no-deps -r "$locks/test.txt"
     printf '%s' "$test_stamp" >.venv/.test
 fi

@@ -60,7 +60,7 @@ def make_many(directory: Path, count: int, *, sentences: int = 1, seed: int = 0)
 
 
 def word_errors(truth: str, heard: str) -> tuple[int, int]:
-    """Words wrong, missing or too many, and words in the truth. Case, punctuation, 9 for nine do not count."""
+    """Words wrong, missing or too many, and words in the truth. Neither case nor punctuation counts."""
     wanted, got = _words(truth), _words(heard)
     row = list(range(len(got) + 1))
     for i, word in enumerate(wanted, 1):

@@ -70,6 +70,7 @@ def end_with_make() -> None:
     """Turn requests to end into SystemExit, so that all is put away; be asked also when make is killed."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without it
     if "MAKELEVEL" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -82,6 +83,8 @@ def demo(run: Path) -> int:
         raise DemoFailed(f"SOUNDS: {sounds} holds no .mp3 files")
     for name in ("scratch", "tmp", "home"):
         (run / name).mkdir(parents=True)
+    # Libraries keep caches there; nothing of the demo's is to lie elsewhere.
+    os.environ |= {"TMPDIR": str(run / "tmp"), "HOME": str(run / "home"), "XDG_CACHE_HOME": str(run / "home")}
 
     say(f"{len(files)} recordings in {sounds}")
     say("Models: Whisper tiny.en, real weights; a tiny Gemma-2, RANDOM weights: its labels mean nothing.")
@@ -110,7 +113,7 @@ def settings(stack: Stack, run: Path, sounds: Path) -> dict[str, str]:
         "SETTLE_SECONDS": "0",
         "BATCH_FILES": "8",
         "SCRATCH_ROOT": str(run / "scratch"),
-        "TRANSFER_TMP": str(run / "tmp"),
+        "TRANSFER_TMP": str(run / "tmp" / "transfer"),
         "MODELS_ROOT": str(HOME / "models"),
         "POLICIES_DIR": str(POLICIES),
     }
@@ -118,9 +121,7 @@ def settings(stack: Stack, run: Path, sounds: Path) -> dict[str, str]:
 
 def pipeline(stack: Stack, env: dict[str, str], ledger: Any, files: int) -> None:
     """Run the real programs until nothing is left to do."""
-    inherited = {k: v for k, v in os.environ.items() if k != "CREDENTIALS_DIRECTORY"}
-    home = str(Path(env["SCRATCH_ROOT"]).with_name("home"))
-    own = {**inherited, **env, "HOME": home, "XDG_CACHE_HOME": home, "TMPDIR": env["TRANSFER_TMP"]}
+    own = {**{k: v for k, v in os.environ.items() if k != "CREDENTIALS_DIRECTORY"}, **env}
 
     def start(command: str, *options: str) -> None:
         stack.spawn(command, [PROGRAM, command, *options], **own)
@@ -177,9 +178,7 @@ def look(ledger: Any) -> tuple[int, ...]:
 def show_recordings(ledger: Any) -> None:
     policies = [row[0] for row in rows(ledger, "SELECT DISTINCT policy FROM classifications ORDER BY 1")]
     labels: dict[int, dict[str, str]] = {}
-    for audio_id, policy, label, score in rows(
-        ledger, "SELECT audio_id, policy, label, score FROM classifications"
-    ):
+    for audio_id, policy, label, score in rows(ledger, "SELECT audio_id, policy, label, score FROM classifications"):
         labels.setdefault(audio_id, {})[policy] = f"{label} {score:.2f}"
     table = Table("file", "lang.", "transcript", *(p.replace("_", " ") for p in policies), "S3 key")
     table.columns[0].overflow = "fold"

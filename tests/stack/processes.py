@@ -116,9 +116,7 @@ class Servers:
                     return
             if code is not None or time.monotonic() > deadline:
                 log = (self.directory / f"{name}.log").read_text(errors="replace")[-2000:]
-                raise NotReady(
-                    f"{name} {'does not answer' if code is None else f'ended with {code}'}:\n{log}"
-                )
+                raise NotReady(f"{name} {'does not answer' if code is None else f'ended with {code}'}:\n{log}")
             time.sleep(0.02)
 
     def stop(self) -> None:

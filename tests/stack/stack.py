@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 import pwd
+import re
 import secrets
 import shlex
 import signal
@@ -42,6 +43,7 @@ class Stack(SeaweedFS):
 
     def __init__(self, directory: Path | None = None) -> None:
         super().__init__(directory or tempfile.gettempdir())
+        self._janitor: subprocess.Popen[bytes] | None = None
         self._how: dict[str, tuple[Sequence[object], dict[str, str], Callable[[], bool]]] = {}
         self._started: dict[str, tuple[Sequence[object], dict[str, str]]] = {}
 
@@ -57,10 +59,23 @@ class Stack(SeaweedFS):
             "S3_ACCESS_KEY": self.access_key,
             "S3_SECRET_KEY": self.secret_key,
             "S3_BUCKET": BUCKET,
-            "REDIS_URL": f"redis://:{password}@127.0.0.1:{valkey_port}/0",
+            "REDIS_URL": f"redis://default:{password}@127.0.0.1:{valkey_port}/0",
             "DATABASE_URL": f"postgresql://lab:{password}@127.0.0.1:{postgres_port}/postgres",
         }
         self.s3().create_bucket(Bucket=BUCKET)
+        # It outlives us by a second if we are killed, and removes what we then cannot.
+        clean = 'read -r _; sleep 1; directory=$1; shift; rm -rf -- "$directory" $@'
+        self._janitor = subprocess.Popen(
+            ["sh", "-c", clean, "janitor", self.directory, *(f"/tmp/{name}" for name in self._sockets())],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def _sockets(self) -> list[str]:
+        """Patterns of the sockets that SeaweedFS leaves in /tmp, named by port or port + 10000."""
+        argv, _ = self._started["seaweedfs"]
+        ports = map(int, re.findall(r"port\S*=(\d+)", " ".join(map(str, argv))))
+        return [f"seaweedfs-*-{port + more}.sock" for port in ports for more in (0, 10_000) if port]
 
     def spawn(self, name: str, argv: Sequence[object], **env: str) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -115,6 +130,14 @@ class Stack(SeaweedFS):
         if "postgres" in self._processes:
             self.stop_one("postgres")
         super().stop()
+        if "seaweedfs" in self._started:
+            for path in (path for pattern in self._sockets() for path in Path("/tmp").glob(pattern)):
+                with contextlib.suppress(OSError):  # another user's, of a port that is ours now
+                    path.unlink()
+        if self._janitor:
+            self._janitor.kill()
+            self._janitor.communicate()
+            self._janitor = None
 
     def s3(self) -> Any:
         """A client of the object store."""
@@ -204,9 +227,9 @@ class Stack(SeaweedFS):
             # PostgreSQL refuses root. As nobody it keeps root's way through directories: /root is closed.
             nobody = pwd.getpwnam("nobody")
             os.chown(data, nobody.pw_uid, nobody.pw_gid)
-            capability = "+dac_override"
             as_user += [f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups"]
-            as_user += [f"--inh-caps={capability}", f"--ambient-caps={capability}"]
+            as_user += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+            as_user += ["--securebits=+no_setuid_fixup"]  # access(2), too, is to see that capability
         made = subprocess.run(
             [
                 *as_user,

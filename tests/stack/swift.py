@@ -163,9 +163,7 @@ class Swift(Servers):
         (self.directory / "nodes" / "d1").mkdir(parents=True)
         self._write("swift.conf", _SWIFT, hash=secrets.token_hex(8))
         common = {"user": user, "directory": self.directory, "pipeline": _FILTERS}
-        self._write(
-            "proxy-server.conf", _PROXY, port=proxy, memcached=memcached, secret=self.secret_key, **common
-        )
+        self._write("proxy-server.conf", _PROXY, port=proxy, memcached=memcached, secret=self.secret_key, **common)
         self.spawn("memcached", ["memcached", "-l", "127.0.0.1", "-p", memcached, "-m", 32, "-u", user])
         self._run([PYTHON, "-c", _RINGS, self.directory, *storage])
         self._make_certificates()
@@ -174,9 +172,7 @@ class Swift(Servers):
             ports[kind] = port
             self._write(f"{kind}-server.conf", _STORAGE, kind=kind, port=port, **common)
         for kind in ports:
-            self.spawn(
-                kind, [PYTHON, f"/usr/bin/swift-{kind}-server", self.directory / f"{kind}-server.conf"]
-            )
+            self.spawn(kind, [PYTHON, f"/usr/bin/swift-{kind}-server", self.directory / f"{kind}-server.conf"])
         self.wait("memcached", lambda: listens(memcached))
         for kind in ("account", "container", "object"):
             self.wait(kind, lambda kind=kind: listens(ports[kind]))  # type: ignore[misc]
@@ -184,9 +180,7 @@ class Swift(Servers):
 
     def _answers(self) -> bool:
         trust = ssl.create_default_context(cafile=self.ca_bundle)
-        return bool(
-            urllib.request.urlopen(f"{self.endpoint}/healthcheck", timeout=2, context=trust).status == 200
-        )
+        return bool(urllib.request.urlopen(f"{self.endpoint}/healthcheck", timeout=2, context=trust).status == 200)
 
     def _make_certificates(self) -> None:
         """A CA in ca.pem, and a server certificate of it for 127.0.0.1."""

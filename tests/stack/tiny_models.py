@@ -54,9 +54,7 @@ def make_gemma(gemma_dir: Path, *, sliding_window: int = 4096, softcap: float = 
         )
         get_peft_model(model, lora).save_pretrained(adapter)
     settings = adapter / "adapter_config.json"
-    settings.write_text(
-        json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": HUB_NAME}, indent=1)
-    )
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": HUB_NAME}, indent=1))
     for weights in gemma_dir.rglob("*.safetensors"):
         weights.chmod(0o644)
 
@@ -120,9 +118,7 @@ def _tokenizer() -> Any:
     policies = sorted((Path(__file__).parent / "policies").glob("*.txt"))
     tokenizer.train_from_iterator([path.read_text(encoding="utf-8") for path in policies], trainer)
     bos = tokenizer.token_to_id("<bos>")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", bos)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<bos>",

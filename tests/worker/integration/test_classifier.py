@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.stack import tiny_models
+
 from lab_audio.errors import ConfigError, Fatal
 from lab_audio.models.classifier import Classifier, Policy, load_policies, prompt
-
-from tests.stack import tiny_models
 
 if os.environ.get("REQUIRE_ALL") != "1":
     pytest.importorskip("torch", reason="lab-audio[gpu] is not installed")
@@ -99,9 +99,7 @@ def test_the_prompt_is_copes_to_the_letter() -> None:
 
 
 @pytest.mark.parametrize("which", ["models", "windowed_models"])
-def test_batched_and_cached_scores_are_those_of_a_plain_forward(
-    which: str, request: pytest.FixtureRequest
-) -> None:
+def test_batched_and_cached_scores_are_those_of_a_plain_forward(which: str, request: pytest.FixtureRequest) -> None:
     models = request.getfixturevalue(which)
     plain = plain_scorer(models)
     results = Classifier(models, "cpu").classify(TEXTS, POLICIES)
@@ -208,9 +206,7 @@ def test_a_long_transcript_is_scored_in_chunks_and_the_highest_counts(
         pieces.append(tail[len("\n\n\nCONTENT\n=======\n\n") : -len("\n\n\nANSWER\n======\n\n")])
     assert {word for piece in pieces for word in piece.split()} >= set(words)
     plain = plain_scorer(models)
-    assert sorted(result.chunks) == pytest.approx(
-        sorted(plain(SHORT.text, piece) for piece in pieces), abs=1e-3
-    )
+    assert sorted(result.chunks) == pytest.approx(sorted(plain(SHORT.text, piece) for piece in pieces), abs=1e-3)
 
 
 def test_the_end_of_a_long_transcript_is_heard(models: Path) -> None:

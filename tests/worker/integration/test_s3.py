@@ -16,13 +16,14 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import pytest
+from proxy import Cut, Proxy
+from swift import Swift
+
 from lab_audio import s3_utils
 from lab_audio.config import S3Settings
 from lab_audio.contracts import archive_key
 from lab_audio.errors import Fatal, NotFound, Permanent, Retryable
 from lab_audio.s3_utils import Bucket, open_bucket
-from proxy import Cut, Proxy
-from swift import Swift
 
 BATCH = "20250622-143052-a1b2c3"
 KEY = archive_key(BATCH)
@@ -101,9 +102,7 @@ class TestUpload:
         path = s3_utils.download_archive(KEY, BATCH, bucket=bucket, dest=tmp_path / "back.tar")
         assert path.read_bytes() == tar.read_bytes()
 
-    def test_no_more_parts_than_a_store_takes(
-        self, bucket: Bucket, tar: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_no_more_parts_than_a_store_takes(self, bucket: Bucket, tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(s3_utils, "MAX_PARTS", 2)
         upload(tar, bucket)
         assert str(s3_utils.head_archive(BATCH, bucket=bucket).etag).endswith("-2")
@@ -146,9 +145,7 @@ class TestUpload:
         begin = bucket.client.create_multipart_upload
         for key in (KEY, f"{KEY}.other"):
             upload_id = begin(Bucket=bucket.name, Key=key)["UploadId"]
-            bucket.client.upload_part(
-                Bucket=bucket.name, Key=key, UploadId=upload_id, PartNumber=1, Body=b"x" * PART
-            )
+            bucket.client.upload_part(Bucket=bucket.name, Key=key, UploadId=upload_id, PartNumber=1, Body=b"x" * PART)
         upload(tar, bucket)
         assert unfinished(bucket) == [f"{KEY}.other"]
 

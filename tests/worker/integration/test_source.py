@@ -160,9 +160,7 @@ def test_a_growing_file_is_not_taken_and_then_it_is(where: source.Source, direct
     until(lambda: len(source.settled(where, 1)) == 1)
 
 
-def test_what_vanished_or_changed_since_the_listing_is_left_out(
-    where: source.Source, directory: Path
-) -> None:
+def test_what_vanished_or_changed_since_the_listing_is_left_out(where: source.Source, directory: Path) -> None:
     files = [put(directory, f"{n}.mp3", b"%d" % n * 5000) for n in range(6)]
     (directory / "1.mp3").unlink()
     put(directory, "2.mp3", b"longer" * 5000)
@@ -281,9 +279,7 @@ def test_a_fetched_file_is_as_listed_or_an_error(
         source.fetch_file(where, file, to)
 
 
-@pytest.mark.parametrize(
-    "path", ["", "/etc/passwd", "../a.mp3", "a/../../b.mp3", "a\0b", "a//b", "./a", "a/"]
-)
+@pytest.mark.parametrize("path", ["", "/etc/passwd", "../a.mp3", "a/../../b.mp3", "a\0b", "a//b", "./a", "a/"])
 def test_paths_outside_the_source_are_refused(where: source.Source, path: str, tmp_path: Path) -> None:
     file = SourceFile(path, 1, 1)
     with pytest.raises(Permanent, match="not a path inside"):
@@ -340,9 +336,7 @@ def test_a_list_that_lies_is_refused(
         source.settled(source.parse(str(directory)), 0)
 
 
-def test_a_chatty_shell_is_told_apart(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chatty_shell_is_told_apart(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_programs(
         tmp_path,
         monkeypatch,
@@ -429,9 +423,7 @@ def test_a_changed_host_key_is_fatal(server: Sshd, directory: Path, tmp_path: Pa
 
 def test_a_key_that_is_not_let_in_is_fatal(server: Sshd, directory: Path, tmp_path: Path) -> None:
     make_key(tmp_path / "other")
-    where = source.parse(
-        server.url(directory), ssh_key=tmp_path / "other", ssh_known_hosts=server.known_hosts
-    )
+    where = source.parse(server.url(directory), ssh_key=tmp_path / "other", ssh_known_hosts=server.known_hosts)
     with pytest.raises(Fatal, match="authorized_keys"):
         source.settled(where, 0)
 

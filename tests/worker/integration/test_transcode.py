@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+
 from lab_audio.errors import Fatal, Permanent, Retryable
 from lab_audio.media.transcode import decode, duration, encode, ffmpeg_command
 
@@ -44,9 +45,7 @@ def either_ffmpeg(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def numpy() -> Any:
-    need(
-        importlib.util.find_spec("numpy") is not None, "numpy is not installed: pip install 'lab-audio[gpu]'"
-    )
+    need(importlib.util.find_spec("numpy") is not None, "numpy is not installed: pip install 'lab-audio[gpu]'")
     import numpy
 
     return numpy
@@ -254,19 +253,13 @@ class TestBadPrograms:
     def test_one_that_closes_its_output_and_goes_on(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        fake_ffmpeg(
-            tmp_path / "bin", monkeypatch, f"echo $$ > {tmp_path}/pids; exec >&- 2>&-; exec sleep 600"
-        )
+        fake_ffmpeg(tmp_path / "bin", monkeypatch, f"echo $$ > {tmp_path}/pids; exec >&- 2>&-; exec sleep 600")
         with pytest.raises(Permanent, match="not done"):
             encode(io.BytesIO(b""), folder / "x.opus", bitrate=24_000, timeout=1)
         assert ends(int((tmp_path / "pids").read_text()))
 
-    def test_an_exception_kills_it(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        fake_ffmpeg(
-            tmp_path / "bin", monkeypatch, f"sleep 600 & echo $$ $! > {tmp_path}/pids; cat > /dev/null; wait"
-        )
+    def test_an_exception_kills_it(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake_ffmpeg(tmp_path / "bin", monkeypatch, f"sleep 600 & echo $$ $! > {tmp_path}/pids; cat > /dev/null; wait")
 
         class Interrupted(Dribble):
             def readinto(self, buffer: Any) -> int:
@@ -283,10 +276,7 @@ class TestBadPrograms:
     def test_one_that_stops_reading_and_talks_without_end(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        script = (
-            "exec <&-; yes noise | head -c 30000000 >&2; "
-            "echo the reason >&2; echo Conversion failed! >&2; exit 3"
-        )
+        script = "exec <&-; yes noise | head -c 30000000 >&2; echo the reason >&2; echo Conversion failed! >&2; exit 3"
         fake_ffmpeg(tmp_path / "bin", monkeypatch, script)
         source = io.BytesIO(bytes(1 << 20))
         tracemalloc.start()
@@ -297,9 +287,7 @@ class TestBadPrograms:
         finally:
             tracemalloc.stop()
 
-    def test_one_that_says_nothing(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_one_that_says_nothing(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         fake_ffmpeg(tmp_path / "bin", monkeypatch, "cat > /dev/null")
         with pytest.raises(Permanent, match="no sound"):
             encode(io.BytesIO(b"x"), folder / "x.opus", bitrate=24_000)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.stack import corpus, tiny_models
+
 from lab_audio.contracts import Transcript
 from lab_audio.errors import ConfigError, Fatal
 from lab_audio.models.transcriber import UNKNOWN_LANGUAGE, Transcriber
-
-from tests.stack import corpus, tiny_models
 
 if os.environ.get("REQUIRE_ALL") != "1":
     pytest.importorskip("whisperx", reason="lab-audio[gpu] is not installed")
@@ -48,9 +48,7 @@ def pcm(program: list[str], stdin: bytes | None = None) -> Any:
 
 
 def decode(source: str, stdin: bytes | None = None) -> Any:
-    return pcm(
-        ["ffmpeg", "-v", "error", "-i", source, *["-f", "f32le", "-ac", "1", "-ar", "16000", "-"]], stdin
-    )
+    return pcm(["ffmpeg", "-v", "error", "-i", source, *["-f", "f32le", "-ac", "1", "-ar", "16000", "-"]], stdin)
 
 
 def recording(name: str) -> Any:
@@ -249,9 +247,7 @@ def test_errors_of_the_gpu_are_fatal_and_others_are_not_hidden(
         transcriber.transcribe(sound)
 
 
-def test_without_whisperx_the_message_says_what_to_install(
-    models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_whisperx_the_message_says_what_to_install(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "whisperx", None)
     with pytest.raises(Fatal, match=r"pip install lab-audio\[gpu\]"):

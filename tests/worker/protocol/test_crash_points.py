@@ -1,4 +1,4 @@
-"""Each worker is killed before each of its effects, one after the other; then all run again, and all is accounted for."""
+"""Each worker is killed before each of its effects in turn; then all run again, and all is accounted for."""
 
 from __future__ import annotations
 

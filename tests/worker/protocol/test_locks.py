@@ -6,18 +6,21 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from lab_audio import ledger, queues, scratch
-from lab_audio.config import GpuSettings, UnpackSettings
-from lab_audio.ledger import Archive, NewItem, Refused, Taken
-from lab_audio.workers.host import Host, tidy_batch
 from sqlalchemy import Engine, event
 from world import World, eventually, fake_classify, fake_transcribe
+
+from lab_audio import ledger, queues, scratch
+from lab_audio.config import GpuSettings, UnpackSettings
 from lab_audio.contracts import Result, item_of
+from lab_audio.ledger import Archive, NewItem, Refused, Taken
+from lab_audio.workers.host import Host, tidy_batch
 
 ARCHIVE = Archive("0" * 64, 1, 2)
 
 
-def in_the_middle(world: World, engine: Engine, statement: str, first: Callable[[], Any], second: Callable[[], Any]) -> list[Any]:
+def in_the_middle(
+    world: World, engine: Engine, statement: str, first: Callable[[], Any], second: Callable[[], Any]
+) -> list[Any]:
     """Begin `second` in a thread when `first` is about to execute a statement, and go on once it waits for a lock or is
     through. Returns what both returned."""
     answers: list[Any] = [None, None]

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from world import MODELS, Idle, World, fake_classify, fake_transcribe, world_client
+
 from lab_audio import ledger, queues
 from lab_audio.config import GpuSettings, TransferSettings
-from lab_audio.contracts import opus_path, item_of, TranscribeJob
+from lab_audio.contracts import TranscribeJob, item_of, opus_path
 from lab_audio.errors import Fatal, Permanent
 from lab_audio.workers import gpu_worker, transfer_sounds
 from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop
-from world import MODELS, Idle, World, fake_classify, fake_transcribe, world_client
 
 NAMES = ["a.mp3", "b.mp3", "c.mp3"]
 
@@ -294,7 +295,9 @@ def test_files_that_vanish_or_change_before_upload_are_struck(world: World) -> N
     struck = dict(world.rows("SELECT convert_from(path, 'UTF8'), struck FROM source_files WHERE struck IS NOT NULL"))
     assert struck == {"a.mp3": "vanished before upload", "b.mp3": "changed before upload"}
     world.finish()
-    members = [m for (m,) in world.rows("SELECT member FROM audio_files WHERE state = 'done' ORDER BY batch_id, member")]
+    members = [
+        m for (m,) in world.rows("SELECT member FROM audio_files WHERE state = 'done' ORDER BY batch_id, member")
+    ]
     assert sorted(members) == ["b.mp3", "c.mp3"]
 
 

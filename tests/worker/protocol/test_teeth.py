@@ -1,4 +1,4 @@
-"""Each atomic step is split or left out: the crash-point search must find a point where that loses or doubles something.
+"""Each atomic step is split or left out: the search must find a kill that then loses or doubles something.
 
 Nothing that heals runs here: no reconcile, no host loss, and transfer only where it is itself under test.
 """
@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 from crash import plant, snags_after_kill
-from lab_audio import ledger, queues, s3_utils
-from lab_audio.workers import gpu_worker, host, transfer_sounds
 from sqlalchemy import text
 from world import World
+
+from lab_audio import ledger, queues, s3_utils
+from lab_audio.workers import gpu_worker, host, transfer_sounds
 
 
 def mint_split() -> None:
@@ -166,7 +167,7 @@ def finish_without_completing() -> None:
 
 def finish_before_put() -> None:
     """An item is done before its object is in the store."""
-    whole, upload = ledger.finish, s3_utils.upload_opus
+    whole = ledger.finish
     pending: dict[int, Any] = {}
 
     def upload_opus(path: Any, audio_id: int, date: str, **more: Any) -> str:
@@ -220,7 +221,8 @@ def tidy_left_out() -> None:
     host.tidy_batch = gpu_worker.tidy_batch = lambda *_, **__: None
 
 
-# The worker that takes the step, the mutant, and the effect before which a kill should show it: the search begins there, to be quick.
+# The worker that takes the step, the mutant, and the effect around which a kill should show it: the search begins
+# there, to be quick.
 MUTANTS: list[tuple[str, Callable[[], None], str]] = [
     ("transfer", mint_split, "sql INSERT INTO source_files"),
     ("transfer", uploaded_before_upload, "s3 PUT"),

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import redis
+from sqlalchemy import Engine, event, text
+
 from lab_audio import config, ledger, queues, s3_utils, scratch
 from lab_audio.contracts import Classification, Transcript, UnpackJob, archive_key
 from lab_audio.media import transcode
@@ -29,7 +31,6 @@ from lab_audio.workers import gpu_worker, transfer_sounds, unpack_worker
 from lab_audio.workers import host as host_duties
 from lab_audio.workers.host import open_host, open_inbox, return_leftovers, tidy
 from lab_audio.workers.loop import Stop
-from sqlalchemy import Engine, event, text
 
 POISON = b"poison"
 BATCH = "20260101-000000-{:06x}"
@@ -207,7 +208,7 @@ class World:
         child = os.fork()
         if child == 0:
             os.close(read)
-            sys.stderr = open(self.directory / "worker.log", "a")  # noqa: SIM115
+            sys.stderr = (self.directory / "worker.log").open("a")
             code = 1
             try:
                 transcode.encode, transcode.decode = fake_encode, fake_decode
@@ -270,7 +271,9 @@ class World:
         check("objects", processed, {i.s3_opus_path for i in items if i.state == "done"})
         batches = self.rows("SELECT batch_id, state, host FROM batches")
         check("batches", {(state, host) for _, state, host in batches}, {("complete", None)} if batches else set())
-        check("archives", {k for k in self.objects() if k.startswith("archives/")}, {archive_key(b[0]) for b in batches})
+        check(
+            "archives", {k for k in self.objects() if k.startswith("archives/")}, {archive_key(b[0]) for b in batches}
+        )
         check("redis", sorted(self.client.keys("*")), [])
         folders = [p.name for p in (self.directory / "scratch").glob("*/*") if not p.name.startswith(".")]
         check("scratch", folders, [])

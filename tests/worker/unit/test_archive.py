@@ -58,9 +58,7 @@ def entry(name: str, kind: bytes = tarfile.REGTYPE, **more: object) -> tarfile.T
     return info
 
 
-def read_all(
-    data: bytes, most: int = 1 << 30
-) -> tuple[list[tuple[str, bytes | None, str | None]], str | None]:
+def read_all(data: bytes, most: int = 1 << 30) -> tuple[list[tuple[str, bytes | None, str | None]], str | None]:
     """What was read, and why it ended early."""
     found: list[tuple[str, bytes | None, str | None]] = []
     try:
@@ -87,9 +85,7 @@ files = st.lists(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(files, st.integers(1, 2000))
-@example(
-    [("é" * 60 + ".mp3", b"x" * 512, -1), ("a" * 101, b"", 8**11 * NS), ("-\n'\"\udcff.mp3", b"y", 1)], 1
-)
+@example([("é" * 60 + ".mp3", b"x" * 512, -1), ("a" * 101, b"", 8**11 * NS), ("-\n'\"\udcff.mp3", b"y", 1)], 1)
 def test_a_built_archive_gives_back_its_files_and_their_exact_times(
     tmp_path: Path, content: list[tuple[str, bytes, int]], most: int
 ) -> None:
@@ -253,9 +249,7 @@ def test_an_archive_of_nothing_is_fine_and_no_bytes_are_not() -> None:
         assert "truncated" in (read_all(bytes(size))[1] or "")
 
 
-@pytest.mark.parametrize(
-    ("pack", "kind"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")]
-)
+@pytest.mark.parametrize(("pack", "kind"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")])
 def test_compressed_archives_are_named(pack: object, kind: str) -> None:
     for content in (b"x", bytes(range(256)) * 40):
         found, broken = read_all(pack(foreign((entry("a.mp3"), content))))  # type: ignore[operator]
@@ -375,9 +369,7 @@ def test_names_are_clean_text_and_unique() -> None:
 )
 @pytest.mark.parametrize("after", [0, 100, 512, 1024, 1536, 1600, 2300, 3000, 4000, 10240])
 @pytest.mark.parametrize("look", [True, False])
-def test_errors_of_the_stream_pass_as_they_are(
-    tmp_path: Path, error: Exception, after: int, look: bool
-) -> None:
+def test_errors_of_the_stream_pass_as_they_are(tmp_path: Path, error: Exception, after: int, look: bool) -> None:
     members = [(SourceFile("é.mp3", 700, 0), b"a" * 700), (SourceFile("b.mp3", 70, 0), b"b" * 70)]
     data = io.BytesIO(make(tmp_path / "a.tar", *members)[:after])
 
@@ -423,9 +415,7 @@ def test_memory_stays_small_over_many_members() -> None:
 
         def _make(self) -> Iterator[bytes]:
             for number in range(0, count, 1000):
-                yield b"".join(
-                    archive._header(b"%d.mp3" % n, 0, 0, b"0") for n in range(number, number + 1000)
-                )
+                yield b"".join(archive._header(b"%d.mp3" % n, 0, 0, b"0") for n in range(number, number + 1000))
             yield bytes(1024)
 
         def read(self, size: int = -1) -> bytes:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from lab_audio.errors import ConfigError
 from lab_audio.models.classifier import load_policies
 from lab_audio.models.revision import revision

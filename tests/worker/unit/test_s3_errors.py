@@ -19,6 +19,7 @@ from botocore.parsers import ResponseParserError
 from botocore.stub import Stubber
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lab_audio import s3_utils
 from lab_audio.config import S3Settings
 from lab_audio.contracts import item_of
@@ -117,9 +118,7 @@ def test_deleting_what_is_not_there_is_fine(bucket: Bucket, code: str) -> None:
         store.assert_no_pending_responses()
 
 
-@pytest.mark.parametrize(
-    "error", [FileNotFoundError("batch.tar"), PermissionError("x"), Permanent("x"), KeyError("x")]
-)
+@pytest.mark.parametrize("error", [FileNotFoundError("batch.tar"), PermissionError("x"), Permanent("x"), KeyError("x")])
 def test_what_is_not_of_the_store_passes(bucket: Bucket, error: Exception) -> None:
     with pytest.raises(type(error)) as caught, asking(bucket, "GetObject"):
         raise error
@@ -186,9 +185,7 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("batch_id", ["../../etc/passwd", f"{BATCH}\n", "", f"x{BATCH}"])
-def test_keys_and_paths_are_made_of_nothing_but_a_batch_id(
-    bucket: Bucket, tmp_path: Path, batch_id: str
-) -> None:
+def test_keys_and_paths_are_made_of_nothing_but_a_batch_id(bucket: Bucket, tmp_path: Path, batch_id: str) -> None:
     asks: list[Callable[[], object]] = [
         lambda: s3_utils.head_archive(batch_id, bucket=bucket),
         lambda: s3_utils.upload_archive(tmp_path, batch_id, bucket=bucket),
@@ -243,9 +240,7 @@ def test_any_member_fits_into_metadata(tmp_path_factory: pytest.TempPathFactory,
     opus = tmp_path_factory.getbasetemp() / "x.opus"
     opus.write_bytes(b"sound")
     client = Recorder()
-    key = s3_utils.upload_opus(
-        opus, 7, "2025-06-22", bucket=Bucket(client, "b"), batch_id=BATCH, member=member
-    )
+    key = s3_utils.upload_opus(opus, 7, "2025-06-22", bucket=Bucket(client, "b"), batch_id=BATCH, member=member)
     metadata = client.request["Metadata"]
     raw = member.encode("utf-8", "surrogateescape")
     kept = metadata["member"]

@@ -105,9 +105,7 @@ def migrate() -> None:
 
     def act() -> None:
         before, after = ledger.migrate(ledger.open_ledger(config.load(config.LedgerSettings)))
-        typer.echo(
-            f"ledger at revision {after}" + (f", was {before or 'not there'}" if before != after else "")
-        )
+        typer.echo(f"ledger at revision {after}" + (f", was {before or 'not there'}" if before != after else ""))
 
     run(act)
 
@@ -115,9 +113,7 @@ def migrate() -> None:
 @app.command()
 def pause(
     host: Annotated[str | None, typer.Argument(help="Host to pause.")] = None,
-    everywhere: Annotated[
-        bool, typer.Option("--all", help="Pause every host, also those still to come.")
-    ] = False,
+    everywhere: Annotated[bool, typer.Option("--all", help="Pause every host, also those still to come.")] = False,
 ) -> None:
     """Let a host take no new batch; what it has, it finishes."""
     set_paused(host, everywhere, paused=True)
@@ -179,9 +175,7 @@ def status(
 
 def picture(view: dict[str, Any]) -> Group:
     """What `status` shows a person."""
-    batches = Table(
-        "batch", "state", "host", "for", "progress", "done", "dead", "of", box=None, title="open batches"
-    )
+    batches = Table("batch", "state", "host", "for", "progress", "done", "dead", "of", box=None, title="open batches")
     for b in view["batches"]:
         total = b["pending"] + b["done"] + b["dead"]
         note = "; ".join([*b["flags"], *([b["reason"]] if b["reason"] else [])])

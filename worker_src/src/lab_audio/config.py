@@ -62,7 +62,7 @@ class QueueSettings(_Settings):
     """Where jobs are delivered."""
 
     redis_url: Annotated[SecretStr, _url("redis", "rediss", "unix")] = Field(
-        description="Redis or Valkey, e.g. redis://:PASSWORD@redis.example.edu:6379/0"
+        description="Redis or Valkey, e.g. redis://default:PASSWORD@redis.example.edu:6379/0"
     )
 
 
@@ -74,13 +74,9 @@ class S3Settings(_Settings):
     )
     s3_access_key: SecretStr = Field(description="Access key of the object store")
     s3_secret_key: SecretStr = Field(description="Secret key of the object store")
-    s3_bucket: str = Field(
-        "audio-pipeline", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$", description="Bucket"
-    )
+    s3_bucket: str = Field("audio-pipeline", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$", description="Bucket")
     s3_region: str = Field("us-east-1", description="Region that requests are signed for")
-    s3_ca_bundle: Path | None = Field(
-        None, description="File of CA certificates, where the system's do not do"
-    )
+    s3_ca_bundle: Path | None = Field(None, description="File of CA certificates, where the system's do not do")
 
 
 class HostSettings(_Settings):
@@ -110,9 +106,7 @@ class TransferSettings(LedgerSettings, QueueSettings, S3Settings):
     ssh_key: Path | None = Field(None, description="File of the private key for an ssh source")
     ssh_known_hosts: Path | None = Field(None, description="File of the source's pinned host keys")
     batch_files: int = Field(1000, ge=1, le=100_000, description="Most recordings in one archive")
-    batch_bytes: int = Field(
-        2_000_000_000, ge=1, description="Bytes of recordings after which an archive is closed"
-    )
+    batch_bytes: int = Field(2_000_000_000, ge=1, description="Bytes of recordings after which an archive is closed")
     settle_seconds: int = Field(60, ge=0, description="A file is taken when it has not changed for this long")
     scan_seconds: int = Field(60, ge=1, description="Pause between two looks at the source")
     transfer_tmp: AbsolutePath = Field(
@@ -134,9 +128,7 @@ class UnpackSettings(LedgerSettings, QueueSettings, S3Settings, HostSettings):
 class GpuSettings(LedgerSettings, QueueSettings, S3Settings, HostSettings):
     """The GPU worker."""
 
-    models_root: AbsolutePath = Field(
-        Path("/data/models"), description="Directory of models: whisperx/ and gemma/"
-    )
+    models_root: AbsolutePath = Field(Path("/data/models"), description="Directory of models: whisperx/ and gemma/")
     policies_dir: AbsolutePath = Field(
         Path("/etc/lab-audio/policies"), description="Directory of policy texts, one .txt each"
     )
@@ -173,9 +165,7 @@ def load(kind: type[SettingsT], **overrides: Any) -> SettingsT:
             name = str(problem["loc"][0]) if problem["loc"] else "settings"
             field = kind.model_fields.get(name)
             about = f" ({field.description})" if field and field.description else ""
-            what = (
-                "is missing" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ")
-            )
+            what = "is missing" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ")
             lines.append(f"{name.upper()}: {what}{about}")
         raise ConfigError("\n".join(lines)) from None
 

@@ -24,7 +24,7 @@ MAX_PAYLOAD_BYTES = 64 * 1024
 
 
 def check_batch_id(batch_id: str) -> str:
-    """Return batch_id if it is `YYYYMMDD-HHMMSS-xxxxxx`, else raise Permanent. Paths and keys are made only of these."""
+    """The batch_id if it is `YYYYMMDD-HHMMSS-xxxxxx`, else raises Permanent. Paths and keys are made only of these."""
     if not BATCH_ID.fullmatch(batch_id):
         raise Permanent(f"batch_id {batch_id[:80]!r} is not YYYYMMDD-HHMMSS-xxxxxx")
     return batch_id
@@ -109,15 +109,15 @@ def parse_unpack_job(payload: str) -> UnpackJob:
 
 
 def parse_transcribe_job(payload: str) -> TranscribeJob:
-    """Raises Permanent, naming the field, unless opus_path is `.../{batch_id}/{16 hex}.opus`. Its root is the owner's to check."""
+    """Raises Permanent, naming the field, unless opus_path is `.../{batch_id}/{16 hex}.opus`.
+
+    The root of the path is for the batch's host to check.
+    """
     job: TranscribeJob = _parse(TranscribeJob, payload)
     check_batch_id(job.batch_id)
     path = PurePosixPath(job.opus_path)
     if not (
-        path.is_absolute()
-        and path.parent.name == job.batch_id
-        and ITEM.fullmatch(path.stem)
-        and path.suffix == ".opus"
+        path.is_absolute() and path.parent.name == job.batch_id and ITEM.fullmatch(path.stem) and path.suffix == ".opus"
     ):
         raise Permanent(f"opus_path {job.opus_path[:120]!r} is outside batch {job.batch_id}")
     return job
@@ -144,9 +144,7 @@ class SourceFile:
     def from_tar(cls, info: tarfile.TarInfo) -> SourceFile:
         """What a tar's header says of a file: mtime exact where a pax record has it, 0 where that is garbled."""
         text = info.pax_headers.get("mtime")
-        match = re.fullmatch(
-            r"(-?)([0-9]{1,12})(?:\.([0-9]{1,9})[0-9]*)?", str(info.mtime) if text is None else text
-        )
+        match = re.fullmatch(r"(-?)([0-9]{1,12})(?:\.([0-9]{1,9})[0-9]*)?", str(info.mtime) if text is None else text)
         sign, seconds, rest = match.groups() if match else ("", "0", None)
         mtime_ns = int(seconds) * 10**9 + int((rest or "").ljust(9, "0"))
         return cls(info.name, info.size, -mtime_ns if sign else mtime_ns)

@@ -104,9 +104,7 @@ def get_s3_client(settings: S3Settings | None = None, *, attempts: int = ATTEMPT
             s3={
                 "addressing_style": "path",
                 # Hashing each payload costs a pass over it and protects nothing that TLS does not.
-                "payload_signing_enabled": not (
-                    endpoint.scheme == "https" or _is_loopback(endpoint.hostname)
-                ),
+                "payload_signing_enabled": not (endpoint.scheme == "https" or _is_loopback(endpoint.hostname)),
             },
             # Swift before 2.35 answers 501 to the checksum trailers that botocore would send over TLS.
             request_checksum_calculation="when_required",
@@ -209,9 +207,7 @@ def head_archive(batch_id: str, *, bucket: Bucket | None = None) -> ArchiveInfo:
     return _info(bucket or open_bucket(), archive_key(batch_id))
 
 
-def download_archive(
-    s3_key: str, batch_id: str, *, bucket: Bucket | None = None, dest: Path | None = None
-) -> Path:
+def download_archive(s3_key: str, batch_id: str, *, bucket: Bucket | None = None, dest: Path | None = None) -> Path:
     """Fetch an archive to `dest` (SCRATCH_ROOT/{batch_id}/archive.tar) whole, or leave nothing there.
 
     Raises NotFound, Permanent if its bytes are not those its metadata names, Retryable, Fatal (a full disk).
@@ -245,9 +241,7 @@ def download_archive(
     return dest
 
 
-def open_archive(
-    info: ArchiveInfo, *, bucket: Bucket | None = None, range_size: int = RANGE_SIZE
-) -> ArchiveStream:
+def open_archive(info: ArchiveInfo, *, bucket: Bucket | None = None, range_size: int = RANGE_SIZE) -> ArchiveStream:
     """The archive's bytes in order, for `tarfile.open(fileobj=..., mode="r|", bufsize=1 << 20)`."""
     return ArchiveStream(bucket or open_bucket(), info, range_size)
 
@@ -368,9 +362,7 @@ def upload_opus(
     data = local_path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if sha256 not in (None, digest):
-        raise Permanent(
-            f"{local_path} has sha256 {digest}, not {sha256}: it was damaged on scratch. Unpack it again"
-        )
+        raise Permanent(f"{local_path} has sha256 {digest}, not {sha256}: it was damaged on scratch. Unpack it again")
     md5 = hashlib.md5(data, usedforsecurity=False)
     metadata = {"sha256": digest}
     if batch_id is not None:
@@ -438,9 +430,7 @@ _RETRYABLE_CODES = frozenset(
         "XAmzContentSHA256Mismatch",
     ]
 )
-_CHECK_KEYS = (
-    "check S3_ACCESS_KEY and S3_SECRET_KEY, what their owner may do in this bucket, and this host's clock"
-)
+_CHECK_KEYS = "check S3_ACCESS_KEY and S3_SECRET_KEY, what their owner may do in this bucket, and this host's clock"
 _CHECK_REGION = "check S3_REGION and S3_ENDPOINT"
 _ADVICE = {
     "InvalidAccessKeyId": "check S3_ACCESS_KEY",
@@ -469,9 +459,7 @@ def _translate(error: Exception, bucket: Bucket, where: str) -> LabAudioError:
         return _refused(error, bucket, where)
     what = f"{where}: {_without_secrets(bucket, str(error))}"
     if "CERTIFICATE_VERIFY_FAILED" in what:
-        return Fatal(
-            f"{what}; the object store's certificate is not trusted: set S3_CA_BUNDLE to the file of its CA"
-        )
+        return Fatal(f"{what}; the object store's certificate is not trusted: set S3_CA_BUNDLE to the file of its CA")
     if isinstance(error, aws.BotoCoreError) and not isinstance(
         error, (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError)
     ):

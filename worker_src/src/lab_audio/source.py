@@ -377,9 +377,7 @@ def _failure(source: Source, code: int, said: str) -> LabAudioError:
     if code == NO_DIRECTORY:
         return ConfigError(f"SOURCE: directory {source.directory} cannot be entered{detail}")
     if code in (126, 127):
-        return Fatal(
-            f"{source.name}: a program is missing; needs GNU find, stat, tar and xargs there{detail}"
-        )
+        return Fatal(f"{source.name}: a program is missing; needs GNU find, stat, tar and xargs there{detail}")
     if not source.transport or code != 255:
         return Retryable(f"{source.name}: a command there ended with status {code}{detail}")
     if "HOST IDENTIFICATION HAS CHANGED" in said:

@@ -121,9 +121,7 @@ def take(engine: Engine, batch_id: str, host: str) -> Taken | Refused:
         if batch.state != "uploaded" and not (batch.state == "unpacking" and batch.host == host):
             return Refused(f"it is {batch.state}" + (f" on {batch.host}" if batch.host else ""), wait=False)
         connection.execute(
-            text(
-                "UPDATE batches SET state = 'unpacking', host = :host, unpacking_at = now() WHERE batch_id = :id"
-            ),
+            text("UPDATE batches SET state = 'unpacking', host = :host, unpacking_at = now() WHERE batch_id = :id"),
             {"id": batch_id, "host": host},
         )
         settled = connection.execute(
@@ -150,8 +148,10 @@ def seal(
             return None
         connection.execute(
             text(
-                "INSERT INTO audio_files AS a (batch_id, member, item, original_filename, seconds, reason, state, date, settled_at)"
-                " SELECT :id, member, item, name, seconds, reason, CASE WHEN reason IS NULL THEN 'pending' ELSE 'dead' END,"
+                "INSERT INTO audio_files AS a"
+                " (batch_id, member, item, original_filename, seconds, reason, state, date, settled_at)"
+                " SELECT :id, member, item, name, seconds, reason,"
+                " CASE WHEN reason IS NULL THEN 'pending' ELSE 'dead' END,"
                 " (now() AT TIME ZONE 'UTC')::date, CASE WHEN reason IS NULL THEN NULL ELSE now() END"
                 " FROM unnest(CAST(:members AS text[]), CAST(:items AS text[]), CAST(:names AS text[]),"
                 " CAST(:seconds AS double precision[]), CAST(:reasons AS text[]))"
@@ -217,9 +217,7 @@ def publishing(engine: Engine, batch_id: str, host: str) -> Iterator[Publication
             yield None
             return
         rows = connection.execute(
-            text(
-                "SELECT item, original_filename, state FROM audio_files WHERE batch_id = :id ORDER BY member"
-            ),
+            text("SELECT item, original_filename, state FROM audio_files WHERE batch_id = :id ORDER BY member"),
             {"id": batch_id},
         ).all()
         pending = [(row.item, row.original_filename) for row in rows if row.state == "pending"]
@@ -227,7 +225,7 @@ def publishing(engine: Engine, batch_id: str, host: str) -> Iterator[Publication
 
 
 def give_back(engine: Engine, batch_id: str, host: str) -> str | None:
-    """Return a batch whose scratch was removed to `uploaded`. Returns its job to push, None if it is no longer ours."""
+    """Make a batch whose scratch was removed `uploaded` again. Returns its job to push, None if it is no longer ours."""
     with transaction(engine) as connection:
         job: str | None = connection.execute(
             text(

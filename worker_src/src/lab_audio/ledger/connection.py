@@ -41,9 +41,7 @@ def open_ledger(settings: LedgerSettings) -> Engine:
 @contextmanager
 def translated(engine: Engine) -> Iterator[None]:
     """Turn the driver's errors into the three kinds; messages name the server, never the password."""
-    where = (
-        f"PostgreSQL at {engine.url.host or 'local socket'}:{engine.url.port or 5432}/{engine.url.database}"
-    )
+    where = f"PostgreSQL at {engine.url.host or 'local socket'}:{engine.url.port or 5432}/{engine.url.database}"
     try:
         yield
     except (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError) as error:
@@ -95,6 +93,4 @@ def check_migrated(engine: Engine) -> None:
     with transaction(engine) as connection:
         found = MigrationContext.configure(connection).get_current_revision()
     if found != head:
-        raise Fatal(
-            f"the ledger's tables are at revision {found}, this release needs {head}; run `lab-audio migrate`"
-        )
+        raise Fatal(f"the ledger's tables are at revision {found}, this release needs {head}; run `lab-audio migrate`")

@@ -1,4 +1,4 @@
-"""What a person wants to see: open batches and hosts. Reads only, at a cost that does not grow with what is finished."""
+"""What a person wants to see: open batches and hosts, at a cost that does not grow with what is finished."""
 
 from __future__ import annotations
 
@@ -42,12 +42,14 @@ def open_batches(engine: Engine) -> list[BatchProgress]:
         rows = connection.execute(
             text(
                 "SELECT b.batch_id, b.state, b.host,"
-                " CASE b.state WHEN 'minted' THEN minted_at WHEN 'uploaded' THEN uploaded_at WHEN 'unpacking' THEN unpacking_at"
+                " CASE b.state WHEN 'minted' THEN minted_at WHEN 'uploaded' THEN uploaded_at"
+                " WHEN 'unpacking' THEN unpacking_at"
                 " WHEN 'ready' THEN ready_at WHEN 'complete' THEN complete_at ELSE failed_at END AS since,"
                 " i.pending, i.done, i.dead, b.flags, b.reason"
                 " FROM (SELECT * FROM batches WHERE state IN ('minted', 'uploaded', 'unpacking', 'ready')"
                 " UNION SELECT * FROM batches WHERE host IS NOT NULL) b CROSS JOIN LATERAL"
-                " (SELECT count(*) FILTER (WHERE state = 'pending') AS pending, count(*) FILTER (WHERE state = 'done') AS done,"
+                " (SELECT count(*) FILTER (WHERE state = 'pending') AS pending,"
+                " count(*) FILTER (WHERE state = 'done') AS done,"
                 " count(*) FILTER (WHERE state = 'dead') AS dead FROM audio_files a WHERE a.batch_id = b.batch_id) i"
                 " ORDER BY b.batch_id"
             )

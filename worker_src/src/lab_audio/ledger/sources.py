@@ -15,7 +15,9 @@ from lab_audio.contracts import SourceFile
 from lab_audio.ledger.batches import Archive
 from lab_audio.ledger.connection import transaction, translated
 
-FILES = "unnest(CAST(:paths AS bytea[]), CAST(:sizes AS bigint[]), CAST(:mtimes AS bigint[])) AS f (path, size, mtime_ns)"
+FILES = (
+    "unnest(CAST(:paths AS bytea[]), CAST(:sizes AS bigint[]), CAST(:mtimes AS bigint[])) AS f (path, size, mtime_ns)"
+)
 KNOWN = (
     "EXISTS (SELECT FROM source_files s WHERE s.source = :source AND s.path = f.path AND s.size = f.size"
     " AND s.mtime_ns = f.mtime_ns AND s.struck IS NULL)"
@@ -57,9 +59,7 @@ def lock_source(engine: Engine, source: str) -> Iterator[Connection | None]:
             connection.invalidate()
 
 
-def mint(
-    engine: Engine, source: str, files: Sequence[SourceFile], *, most_files: int, most_bytes: int
-) -> Mint | None:
+def mint(engine: Engine, source: str, files: Sequence[SourceFile], *, most_files: int, most_bytes: int) -> Mint | None:
     """Make one batch of those files that no batch has yet, up to the limits; None if there are none.
 
     The batch's id is the time of minting and the start of the SHA-256 of its manifest.
@@ -116,9 +116,7 @@ def unfinished_mints(engine: Engine, source: str) -> list[Mint]:
     """Batches of this source that were minted and never recorded as uploaded, oldest first."""
     with transaction(engine) as connection:
         ids = connection.execute(
-            text(
-                "SELECT batch_id FROM batches WHERE state = 'minted' AND source = :source ORDER BY minted_at"
-            ),
+            text("SELECT batch_id FROM batches WHERE state = 'minted' AND source = :source ORDER BY minted_at"),
             {"source": source},
         ).scalars()
         return [

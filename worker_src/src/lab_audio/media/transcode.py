@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 from lab_audio.errors import Fatal, Permanent
 
 SAMPLE_RATE = 16_000
+STOPPED_BY_SIGNAL = 255  # how ffmpeg ends when it is asked to
 _BLOCK = 1 << 16
 _STDERR_KEPT = 1 << 13
 _MAX_PAGE = 27 + 255 + 255 * 255
@@ -161,8 +162,8 @@ def duration(opus: Path) -> float:
 def _run(argv: list[str], source: BinaryIO, sink: Callable[[bytes], object], timeout: float | None) -> None:
     """Run a program, `source` its input, its output to `sink`; every program of this room is started here.
 
-    Raises Permanent with its last words if it fails or is not done in time. However this ends, the program's
-    process group has ended.
+    Raises Permanent with its last words if it fails or is not done in time, Fatal if somebody ended it. However this
+    ends, the program's process group has ended.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     try:
@@ -189,6 +190,8 @@ def _run(argv: list[str], source: BinaryIO, sink: Callable[[bytes], object], tim
             if pipe:
                 pipe.close()
         process.wait()
+    if process.returncode in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, STOPPED_BY_SIGNAL):
+        raise Fatal("ffmpeg was ended from outside; the recording is not to blame")
     if process.returncode:
         raise Permanent(f"ffmpeg: {_last_words(words) or f'ended with {process.returncode}'}")
 

@@ -89,9 +89,7 @@ class _Prefix:
 class Classifier:
     """A loaded base model with its adapter merged in. Not thread-safe."""
 
-    def __init__(
-        self, models_root: Path, device: str, *, max_tokens: int = 8192, batch_tokens: int = 16384
-    ) -> None:
+    def __init__(self, models_root: Path, device: str, *, max_tokens: int = 8192, batch_tokens: int = 16384) -> None:
         """Load from models_root/gemma onto `cpu` (float32), `cuda` or `cuda:N` (bfloat16).
 
         max_tokens: of one prompt. batch_tokens: of all prompts read together, policy and padding counted; one
@@ -177,9 +175,7 @@ class Classifier:
             raise ConfigError(f"MODELS_ROOT: {base} needs a fast tokenizer (tokenizer.json)")
         zero, one = self._encode("0"), self._encode("1")
         if len(zero) != 1 or len(one) != 1:
-            raise ConfigError(
-                f'MODELS_ROOT: the tokenizer in {base} does not have "0" and "1" as single tokens'
-            )
+            raise ConfigError(f'MODELS_ROOT: the tokenizer in {base} does not have "0" and "1" as single tokens')
         special = "".join(self._tokenizer.all_special_tokens)
         if set(self._encode(special)) & set(self._tokenizer.all_special_ids):
             raise ConfigError(f"MODELS_ROOT: the tokenizer in {base} takes special tokens from plain text")
@@ -274,9 +270,7 @@ class Classifier:
             ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self._device)
             for start in range(0, width, _STEP):
                 step = ids[:, start : start + _STEP]
-                hidden = self._model.model(
-                    input_ids=step, past_key_values=cache, use_cache=True
-                ).last_hidden_state
+                hidden = self._model.model(input_ids=step, past_key_values=cache, use_cache=True).last_hidden_state
                 ends = ((last >= start) & (last < start + _STEP)).nonzero()[:, 0]
                 logits = self._model.lm_head(hidden[ends, last[ends] - start])[:, self._labels].float()
                 if cap := self._model.config.final_logit_softcapping:
@@ -292,9 +286,7 @@ def find_gemma(models_root: Path) -> tuple[Path, Path]:
     directories = model_directories(root)
     adapters = [path for path in directories if (path / "adapter_config.json").is_file()]
     bases = [
-        path
-        for path in directories
-        if path not in adapters and (path / "config.json").is_file() and _has_weights(path)
+        path for path in directories if path not in adapters and (path / "config.json").is_file() and _has_weights(path)
     ]
     return the_one(bases, "base model (config.json and weights)", root), the_one(
         adapters, "adapter (adapter_config.json)", root

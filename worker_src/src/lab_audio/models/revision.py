@@ -22,9 +22,7 @@ def revision(directory: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     digest = hashlib.sha256()
-    for name, path in sorted(
-        (p.relative_to(directory).as_posix(), p) for p in directory.rglob("*") if p.is_file()
-    ):
+    for name, path in sorted((p.relative_to(directory).as_posix(), p) for p in directory.rglob("*") if p.is_file()):
         if any(part.startswith(".") for part in name.split("/")):
             continue
         size = path.stat().st_size

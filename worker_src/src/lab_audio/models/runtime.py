@@ -33,9 +33,7 @@ def offline_imports(models_root: Path) -> Iterator[None]:
         for chatty in ("lightning", "lightning.pytorch", "pytorch_lightning", "whisperx"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
     except (ImportError, OSError) as error:  # OSError: a shared library that does not load
-        raise Fatal(
-            f"the models' libraries cannot be imported ({error}): pip install lab-audio[gpu]"
-        ) from error
+        raise Fatal(f"the models' libraries cannot be imported ({error}): pip install lab-audio[gpu]") from error
 
 
 @contextmanager
@@ -76,9 +74,7 @@ def select_device(device: str) -> tuple[str, int]:
         import torch
 
         if index >= torch.cuda.device_count():
-            raise Fatal(
-                f"DEVICES: {device}, but torch finds {torch.cuda.device_count()} GPUs here: see nvidia-smi"
-            )
+            raise Fatal(f"DEVICES: {device}, but torch finds {torch.cuda.device_count()} GPUs here: see nvidia-smi")
         with gpu_errors_are_fatal(device):
             torch.cuda.set_device(index)
     return kind, index

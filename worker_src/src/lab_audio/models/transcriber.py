@@ -38,9 +38,7 @@ UNKNOWN_LANGUAGE = "und"
 class Transcriber:
     """A loaded Whisper model with its voice activity detector and aligners. Not thread-safe."""
 
-    def __init__(
-        self, models_root: Path, device: str, *, language: str | None, batch_size: int, align: bool
-    ) -> None:
+    def __init__(self, models_root: Path, device: str, *, language: str | None, batch_size: int, align: bool) -> None:
         """Load from models_root/whisperx onto `cpu`, `cuda` or `cuda:N`.
 
         language: of all recordings; None detects it in each. batch_size: windows of 30 s decoded at once.
@@ -70,9 +68,7 @@ class Transcriber:
         self._model = self._pipeline.model
         if not self._model.model.is_multilingual:
             if language not in (None, "en"):
-                raise ConfigError(
-                    f"WHISPER_LANGUAGE: {language}, but the model in {whisper} knows only English (en)"
-                )
+                raise ConfigError(f"WHISPER_LANGUAGE: {language}, but the model in {whisper} knows only English (en)")
             language = "en"
         if language is not None:
             self._tokenizer(language)
@@ -96,9 +92,7 @@ class Transcriber:
                 return self._silence()
             aligner = self._aligner(language) if self._align else None
             if aligner:
-                segments = [
-                    part for segment in segments for part in self._aligned(segment, samples, *aligner)
-                ]
+                segments = [part for segment in segments for part in self._aligned(segment, samples, *aligner)]
         return Transcript(text=text, language=language, segments=segments, speech=True, model=self.revision)
 
     def _silence(self) -> Transcript:
@@ -117,9 +111,7 @@ class Transcriber:
         vad = self._pipeline.vad_model
         scores = vad({"waveform": vad.preprocess_audio(samples), "sample_rate": RATE})
         thresholds = self._pipeline._vad_params
-        chunks = vad.merge_chunks(
-            scores, WINDOW, onset=thresholds["vad_onset"], offset=thresholds["vad_offset"]
-        )
+        chunks = vad.merge_chunks(scores, WINDOW, onset=thresholds["vad_onset"], offset=thresholds["vad_offset"])
         spans = [(max(0, int(c["start"] * RATE)), min(samples.size, int(c["end"] * RATE))) for c in chunks]
         return [(start, end) for start, end in spans if end > start]
 

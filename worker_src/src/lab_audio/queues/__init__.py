@@ -28,7 +28,7 @@ BATCH_FIELDS = ("total", "processed", "s3_key")
 
 
 def open_queues(settings: QueueSettings) -> redis.Redis:
-    """A client that never repeats a command by itself: a repeated BLMOVE would take a second job and forget the first."""
+    """A client that never repeats a command by itself: BLMOVE repeated takes a second job and forgets the first."""
     return redis.Redis.from_url(
         settings.redis_url.get_secret_value(),
         decode_responses=True,
@@ -93,9 +93,7 @@ class Inbox:
         except Retryable:
             self._unsure = True
             raise
-        if (
-            job is None or job in self._held
-        ):  # a doubled job lies in the own list until its twin is acknowledged
+        if job is None or job in self._held:  # a doubled job lies in the own list until its twin is acknowledged
             return None
         self._held.add(job)
         return str(job)
@@ -127,10 +125,8 @@ class Inbox:
         """Set aside a payload that has no row in the ledger."""
         self.move(job, DEAD)
 
-    def publish(
-        self, job: str, host: str, batch_id: str, total: int, processed: int, pending: Iterable[str]
-    ) -> None:
-        """Tell Redis of a ready batch: its three keys, and each pending job that is not in flight; drops the unpack job."""
+    def publish(self, job: str, host: str, batch_id: str, total: int, processed: int, pending: Iterable[str]) -> None:
+        """Tell Redis of a ready batch: its keys, and each pending job that is not in flight; drops the unpack job."""
 
         def act() -> int:
             return publish(self.client, host, batch_id, total, processed, pending, job=job, own=self.own)

@@ -96,9 +96,7 @@ class Work:
 class Slot:
     """One process's work. `run` returns when asked to stop, with everything finished or handed back."""
 
-    def __init__(
-        self, host: Host, inbox: queues.Inbox, models: Models, settings: GpuSettings, stop: Stop
-    ) -> None:
+    def __init__(self, host: Host, inbox: queues.Inbox, models: Models, settings: GpuSettings, stop: Stop) -> None:
         self.host = host
         self.inbox = inbox
         self.models = models
@@ -260,7 +258,7 @@ class Slot:
             patiently(self.stop, self.inbox.move, work.job, self.inbox.source)
 
     def _hand_back(self, group: list[Work], begun: list[Work]) -> None:
-        """Return unfinished work uncounted, as far as the stores allow; what cannot be returned stays in the slot's list."""
+        """Return unfinished work uncounted; where a store does not answer it stays in the slot's list."""
         try:
             for work in reversed(group):
                 if work.result is None:
@@ -296,22 +294,16 @@ class Slot:
         if settled.state == "dead":
             patiently(self.stop, s3_utils.delete_opus, key, bucket=host.bucket)
         self._ack(work, settled)
-        log.get_logger().info(
-            "recording done", audio_id=item.audio_id, batch_id=item.batch_id, member=item.member
-        )
+        log.get_logger().info("recording done", audio_id=item.audio_id, batch_id=item.batch_id, member=item.member)
 
     def _bury(self, work: Work, reason: str) -> None:
         """BURY an item, then delete an object that an earlier attempt may have put."""
         item, host = work.item, self.host
         settled = patiently(self.stop, ledger.bury, host.engine, item.audio_id, reason)
         if settled.state == "dead":
-            patiently(
-                self.stop, s3_utils.delete_opus, processed_key(item.date, item.audio_id), bucket=host.bucket
-            )
+            patiently(self.stop, s3_utils.delete_opus, processed_key(item.date, item.audio_id), bucket=host.bucket)
         self._ack(work, settled)
-        log.get_logger().error(
-            "recording set aside", audio_id=item.audio_id, batch_id=item.batch_id, reason=reason
-        )
+        log.get_logger().error("recording set aside", audio_id=item.audio_id, batch_id=item.batch_id, reason=reason)
 
     def _ack(self, work: Work, settled: ledger.Settled) -> None:
         if patiently(self.stop, self.inbox.ack, work.job, work.item.batch_id, settled.processed):
@@ -385,7 +377,7 @@ def route_job(host: Host, inbox: queues.Inbox, job: str) -> None:
 
 
 def run(settings: GpuSettings, stop: Stop) -> None:
-    """Start a process for each device and do the host's duties until asked to stop. A process that dies is started again."""
+    """Keep a process for each device, and do the host's duties, until asked to stop."""
     host = open_host(settings, stop)
     attend(host, "gpu", stop)
     in_background(stop, "route", lambda: route(host, stop))
@@ -417,28 +409,20 @@ def supervise(settings: GpuSettings, devices: Sequence[str], stop: Stop) -> None
             child, now = children[place], time.monotonic()
             if child is not None and not child.is_alive():
                 if child.exitcode == ConfigError.exit_code:
-                    stop.fail(
-                        ConfigError(f"the GPU worker cannot work on {device}; its message stands above")
-                    )
+                    stop.fail(ConfigError(f"the GPU worker cannot work on {device}; its message stands above"))
                     break
                 lived = now - due[place]
                 deaths[place] = 1 if lived > STEADY_SECONDS else deaths[place] + 1
                 pause = min(60.0, 2.0 ** (deaths[place] - 1) - 1)
                 due[place], children[place] = now + pause, None
-                log.get_logger().error(
-                    "GPU process died", device=device, exit_code=child.exitcode, pause=pause
-                )
+                log.get_logger().error("GPU process died", device=device, exit_code=child.exitcode, pause=pause)
             elif child is None and now >= due[place]:
                 due[place] = now
-                child = context.Process(
-                    target=_child, args=(settings, device, os.getpid()), name=f"gpu {device}"
-                )
+                child = context.Process(target=_child, args=(settings, device, os.getpid()), name=f"gpu {device}")
                 child.start()
                 children[place] = child
         sentinels = [child.sentinel for child in children if child is not None]
-        multiprocessing.connection.wait(sentinels, timeout=WATCH_SECONDS) if sentinels else stop.wait(
-            WATCH_SECONDS
-        )
+        multiprocessing.connection.wait(sentinels, timeout=WATCH_SECONDS) if sentinels else stop.wait(WATCH_SECONDS)
     alive = [child for child in children if child is not None]
     for child in alive:
         child.terminate()

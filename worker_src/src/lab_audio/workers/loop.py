@@ -68,9 +68,7 @@ def patiently(stop: Stop, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs
         nonlocal complained
         if time.monotonic() - complained >= COMPLAIN_SECONDS:
             complained = time.monotonic()
-            get_logger().warning(
-                "waiting for a store", error=str(state.outcome and state.outcome.exception())
-            )
+            get_logger().warning("waiting for a store", error=str(state.outcome and state.outcome.exception()))
 
     def give_up(state: tenacity.RetryCallState) -> Any:
         raise Stopped

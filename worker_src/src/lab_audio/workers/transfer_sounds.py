@@ -187,9 +187,7 @@ def is_archive(minted: Mint) -> bool:
     return len(minted.files) == 1 and minted.files[0].path.lower().endswith(".tar")
 
 
-def store_archive(
-    transfer: Transfer, minted: Mint, path: Path
-) -> tuple[Archive | None, dict[SourceFile, str]]:
+def store_archive(transfer: Transfer, minted: Mint, path: Path) -> tuple[Archive | None, dict[SourceFile, str]]:
     """Build the archive of what is still as it was minted, and upload it. Also returns what was left out, and why.
 
     Raises Retryable if a file changed while it was read: the next try leaves it out.
@@ -203,9 +201,7 @@ def store_archive(
     return Archive(built.sha256, built.size, built.file_count), struck
 
 
-def build_archive(
-    transfer: Transfer, minted: Mint, path: Path
-) -> tuple[tar.Built | None, dict[SourceFile, str]]:
+def build_archive(transfer: Transfer, minted: Mint, path: Path) -> tuple[tar.Built | None, dict[SourceFile, str]]:
     now = source.stat(transfer.source, [file.path for file in minted.files])
     struck = {
         file: "changed before upload" if file.path in now else "vanished before upload"
@@ -226,9 +222,7 @@ def build_archive(
     return (built if came else None), struck
 
 
-def copy_archive(
-    transfer: Transfer, minted: Mint, path: Path
-) -> tuple[tar.Built | None, dict[SourceFile, str]]:
+def copy_archive(transfer: Transfer, minted: Mint, path: Path) -> tuple[tar.Built | None, dict[SourceFile, str]]:
     (file,) = minted.files
     try:
         sha256, size = source.fetch_file(transfer.source, file, path)

@@ -42,7 +42,7 @@ class Encoding:
 
 
 def run(settings: UnpackSettings, stop: Stop) -> None:
-    """Serve `unpack` until asked to stop; the batch in hand is finished or, if a store is away, left in the slot's list."""
+    """Serve `unpack` until asked to stop; the batch in hand is finished, or left in the slot's list if a store is away."""
     host = open_host(settings, stop)
     slot, inbox = open_inbox(host, "unpack")
     encoding = Encoding(settings.opus_bitrate, settings.transcode_threads)
@@ -138,9 +138,7 @@ def unpack(host: Host, wanted: UnpackJob, taken: ledger.Taken, encoding: Encodin
     state = patiently(
         stop, ledger.seal, host.engine, wanted.batch_id, host.name, list(encoded.values()), archive, flags
     )
-    get_logger().info(
-        "batch unpacked", batch_id=wanted.batch_id, state=state, items=len(encoded), flags=flags
-    )
+    get_logger().info("batch unpacked", batch_id=wanted.batch_id, state=state, items=len(encoded), flags=flags)
 
 
 def read_archive(
@@ -180,9 +178,7 @@ def read_archive(
                 if row.reason is not None or row.item in taken.settled or member.file is None:
                     encoded[row.item] = row
                 else:
-                    running.append(
-                        pool.submit(encode, row, spooled(member.file, folder), folder, encoding.bitrate)
-                    )
+                    running.append(pool.submit(encode, row, spooled(member.file, folder), folder, encoding.bitrate))
                     collect(2 * encoding.threads)
         except tar.ArchiveBroken as error:
             flags.append(f"archive: {error}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 import sysconfig
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from processes import Servers, free_ports
@@ -30,6 +32,7 @@ class SeaweedFS(Servers):
     access_key: str
     secret_key: str
     ca_bundle: Path | None = None
+    ports: Sequence[int] = ()
 
     def start(self) -> None:
         program = weed()
@@ -65,3 +68,13 @@ class SeaweedFS(Servers):
             return bool(urllib.request.urlopen(f"{self.endpoint}/", timeout=2).status == 200)
         except urllib.error.HTTPError as error:
             return error.code == 403
+
+    def sockets(self) -> list[str]:
+        """Patterns of the sockets that weed leaves in /tmp, named by port or port + 10000."""
+        return [f"seaweedfs-*-{port + more}.sock" for port in self.ports for more in (0, 10_000)]
+
+    def stop(self) -> None:
+        super().stop()
+        for path in (path for pattern in self.sockets() for path in Path("/tmp").glob(pattern)):
+            with contextlib.suppress(OSError):  # another user's, of a port that is ours now
+                path.unlink()

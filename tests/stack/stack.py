@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import os
 import pwd
-import re
 import secrets
 import shlex
 import signal
@@ -66,16 +65,10 @@ class Stack(SeaweedFS):
         # It outlives us by a second if we are killed, and removes what we then cannot.
         clean = 'read -r _; sleep 1; directory=$1; shift; rm -rf -- "$directory" $@'
         self._janitor = subprocess.Popen(
-            ["sh", "-c", clean, "janitor", self.directory, *(f"/tmp/{name}" for name in self._sockets())],
+            ["sh", "-c", clean, "janitor", self.directory, *(f"/tmp/{name}" for name in self.sockets())],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
-
-    def _sockets(self) -> list[str]:
-        """Patterns of the sockets that SeaweedFS leaves in /tmp, named by port or port + 10000."""
-        argv, _ = self._started["seaweedfs"]
-        ports = map(int, re.findall(r"port\S*=(\d+)", " ".join(map(str, argv))))
-        return [f"seaweedfs-*-{port + more}.sock" for port in ports for more in (0, 10_000) if port]
 
     def spawn(self, name: str, argv: Sequence[object], **env: str) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -130,10 +123,6 @@ class Stack(SeaweedFS):
         if "postgres" in self._processes:
             self.stop_one("postgres")
         super().stop()
-        if "seaweedfs" in self._started:
-            for path in (path for pattern in self._sockets() for path in Path("/tmp").glob(pattern)):
-                with contextlib.suppress(OSError):  # another user's, of a port that is ours now
-                    path.unlink()
         if self._janitor:
             self._janitor.kill()
             self._janitor.communicate()

@@ -125,8 +125,9 @@ def as_user(uid: int) -> list[str]:
     """
     needed = [Path(sys.base_prefix), Path(sys.prefix), Path(lab_audio.__file__).parents[1], POLICIES]
     script = "set -e; "
-    for closed in sorted({top for path in needed if (top := _closed_above(path))}):
-        script += f"mount --bind {shlex.quote(str(closed))} /mnt; mount -t tmpfs -o mode=755 none {shlex.quote(str(closed))}; "
+    for closed in sorted({shut for path in needed if (shut := _closed_above(path))}):
+        top = shlex.quote(str(closed))
+        script += f"mount --bind {top} /mnt; mount -t tmpfs -o mode=755 none {top}; "
         for path in needed:
             if path.is_relative_to(closed):
                 there = shlex.quote(str(path))

@@ -42,8 +42,8 @@ class Older:
             f" {self.foreign} integer NOT NULL REFERENCES audio_files({self.key}), label text NOT NULL, score real)",
             # The same name twice: the older system kept them so.
             *(
-                f"INSERT INTO audio_files VALUES (DEFAULT, '{name}', '/mnt/shared/{number}.opus', {number}{self.values})"
-                for number, name in enumerate(["call.mp3", "call.mp3", "garden.mp3"], 1)
+                f"INSERT INTO audio_files VALUES (DEFAULT, '{name}', '/mnt/shared/{place}.opus', {place}{self.values})"
+                for place, name in enumerate(["call.mp3", "call.mp3", "garden.mp3"], 1)
             ),
             f"INSERT INTO transcripts ({self.foreign}, text) VALUES (1, 'one'), (2, 'two'), (2, 'two again')",
             f"INSERT INTO classifications ({self.foreign}, label, score)"

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from world import MODELS, Idle, World, fake_classify, fake_transcribe, world_client
+from world import MODELS, Idle, World, fake_classify, fake_decode, fake_transcribe, world_client
 
 from lab_audio import ledger, queues
 from lab_audio.config import GpuSettings, TransferSettings
 from lab_audio.contracts import TranscribeJob, item_of, opus_path
 from lab_audio.errors import Fatal, Permanent
+from lab_audio.media import transcode
 from lab_audio.workers import gpu_worker, transfer_sounds
 from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop
@@ -79,7 +80,7 @@ def test_a_sick_process_blames_no_recording(world: World) -> None:
     world.plant_batch(1, NAMES)
     world.run("unpack")
     with pytest.raises(AssertionError, match="CUDA is gone"):
-        world.run("gpu", mutant=failing(Fatal("CUDA is gone"), "b.mp3"))
+        world.run("gpu", mutant=failing(Fatal("CUDA is gone"), "a.mp3"))
     assert set(states(world).values()) == {("pending", 0)}
     jobs = [json.loads(job)["original_filename"] for job in world.client.lrange("transcribe:h1", 0, -1)]
     assert jobs == NAMES
@@ -330,13 +331,16 @@ def test_a_tar_at_the_source_is_taken_as_it_is(world: World) -> None:
     assert {name for (name,) in world.rows("SELECT member FROM audio_files WHERE state = 'done'")} == set(NAMES)
 
 
-def test_a_slot_serves_until_its_list_is_empty(world: World) -> None:
+def test_a_slot_serves_until_its_list_is_empty(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """More recordings than are held ahead, in groups."""
     world.plant_batch(1, [f"{n:03}.mp3" for n in range(60)])
     world.run("unpack")
     settings = world.load(GpuSettings, UPLOAD_THREADS="4", DECODE_THREADS="2")
     here = open_host(settings, Stop())
     slot, inbox = open_inbox(here, "gpu")
+    monkeypatch.setattr(gpu_worker, "IDLE_SECONDS", 0)
+    monkeypatch.setattr(transcode, "decode", fake_decode)
     gpu_worker.Slot(here, inbox, MODELS, settings, Idle(world_client(world), "h1")).run()
     slot.release()
-    world.finish()
+    world.run("unpack")
+    assert world.snags() == []

@@ -235,7 +235,7 @@ class World:
     def finish(
         self, *, transfer: bool = False, hosts: Sequence[str] = ("h1",), mutant: MUTANT | None = None, most: int = 12
     ) -> None:
-        """Run the workers in turn, again where one was killed. Transfer pushes lost jobs again: it runs only if asked."""
+        """Run the workers in turn, again where one was killed. Transfer, which pushes lost jobs, only if asked."""
         for _ in range(most):
             killed = [self.run("transfer", mutant=mutant)[0]] if transfer else []
             for host in hosts:
@@ -330,6 +330,7 @@ def gpu(world: World, host: str, effects: Effects) -> None:
     _, inbox = open_inbox(here, "gpu")
     return_leftovers(here, "gpu")
     tidy(here)
+    gpu_worker.IDLE_SECONDS = 0  # ask whether to stop at once
     gpu_worker.Slot(here, inbox, MODELS, settings, stop).run()
     stop.check()
 

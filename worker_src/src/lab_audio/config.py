@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lab_audio.errors import ConfigError
@@ -37,6 +37,10 @@ def _absolute(path: Path) -> Path:
     if not path.is_absolute():
         raise ValueError("must be an absolute path")
     return path
+
+
+def _comma_separated(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
@@ -132,7 +136,7 @@ class GpuSettings(LedgerSettings, QueueSettings, S3Settings, HostSettings):
     policies_dir: AbsolutePath = Field(
         Path("/etc/lab-audio/policies"), description="Directory of policy texts, one .txt each"
     )
-    devices: Annotated[tuple[str, ...], NoDecode] = Field(
+    devices: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
         (),
         description="Comma-separated devices, one process each: cuda:0,cuda:1 or cpu (default: all GPUs, else cpu)",
     )

@@ -21,11 +21,7 @@ def configure(level: str = "INFO") -> None:
             *([] if terminal else [structlog.processors.format_exc_info]),
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(
-            logging.getLevelNamesMapping()[level]
-            if hasattr(logging, "getLevelNamesMapping")
-            else getattr(logging, level)
-        ),
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level)),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )

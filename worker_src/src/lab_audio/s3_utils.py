@@ -417,6 +417,7 @@ def asking(bucket: Bucket, operation: str, key: str = "") -> Iterator[None]:
 _RETRYABLE_CODES = frozenset(
     [
         "BadDigest",
+        "BrokenMPU",
         "IncompleteBody",
         "InvalidPart",
         "NoSuchUpload",

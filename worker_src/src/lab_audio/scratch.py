@@ -14,7 +14,7 @@ import secrets
 import shutil
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,11 @@ def prepare(root: Path) -> str:
         (root / ".locks").mkdir(mode=0o750, exist_ok=True)
         identity = root / ".id"
         if not identity.exists():
-            write_atomic(identity, secrets.token_hex(16).encode())
+            fresh = root / f".id.{secrets.token_hex(16)}"
+            write_atomic(fresh, fresh.suffix[1:].encode())
+            with suppress(FileExistsError):  # of workers that start at once, one names the disk
+                identity.hardlink_to(fresh)
+            fresh.unlink()
         return identity.read_text()
     except OSError as error:
         raise Fatal(f"SCRATCH_ROOT {root} cannot be used: {error.strerror}") from None

@@ -225,7 +225,7 @@ def publishing(engine: Engine, batch_id: str, host: str) -> Iterator[Publication
 
 
 def give_back(engine: Engine, batch_id: str, host: str) -> str | None:
-    """Make a batch whose scratch was removed `uploaded` again. Returns its job to push, None if it is no longer ours."""
+    """Make a batch whose scratch was removed `uploaded` again. Returns its job to push, None if it is not ours."""
     with transaction(engine) as connection:
         job: str | None = connection.execute(
             text(
@@ -278,7 +278,8 @@ def release(engine: Engine, batch_id: str, host: str) -> None:
     with transaction(engine) as connection:
         connection.execute(
             text(
-                "UPDATE batches SET host = NULL WHERE batch_id = :id AND host = :host AND state IN ('complete', 'failed')"
+                "UPDATE batches SET host = NULL"
+                " WHERE batch_id = :id AND host = :host AND state IN ('complete', 'failed')"
             ),
             {"id": batch_id, "host": host},
         )

@@ -121,10 +121,10 @@ class Slot:
             self._leave()
 
     def _fill(self) -> None:
-        """Claim until enough is being prepared; wait for a job only if there is nothing else to do."""
+        """Claim until enough is being prepared; wait for a job only if nothing is."""
         most = self.settings.classify_batch + self.settings.decode_threads
         while len(self.ahead) < most and not self.stop():
-            wait = 0 if self.ahead or self.behind else IDLE_SECONDS
+            wait = 0 if self.ahead else IDLE_SECONDS
             job = patiently(self.stop, self.inbox.claim, wait)
             if job is None:
                 return
@@ -316,6 +316,7 @@ class Slot:
 
     def _leave(self) -> None:
         """Finish uploads, and put what was only decoded back to the head of the list."""
+        self.stop.event.set()  # also where an error ends the slot: no thread waits for a store any longer
         self.decoders.shutdown(wait=True, cancel_futures=True)
         self.uploaders.shutdown(wait=True)
         failures = [future.exception() for future in self.behind]
@@ -379,7 +380,7 @@ def route_job(host: Host, inbox: queues.Inbox, job: str) -> None:
 def run(settings: GpuSettings, stop: Stop) -> None:
     """Keep a process for each device, and do the host's duties, until asked to stop."""
     host = open_host(settings, stop)
-    attend(host, "gpu", stop)
+    attend(host, ("gpu", "route"), stop)
     in_background(stop, "route", lambda: route(host, stop))
     supervise(settings, settings.devices or present_devices(), stop)
     stop.check()

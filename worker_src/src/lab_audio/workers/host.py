@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from sqlalchemy import Engine
 
 from lab_audio import ledger, queues, scratch
 from lab_audio.config import GpuSettings, UnpackSettings
-from lab_audio.contracts import UNPACK, processing_list, transcribe_list
+from lab_audio.contracts import TRANSCRIBE, UNPACK, processing_list, transcribe_list
 from lab_audio.errors import Fatal
 from lab_audio.ledger.hosts import BEAT_SECONDS
 from lab_audio.log import get_logger
@@ -32,7 +33,7 @@ class Host:
 
     def list_of(self, kind: str) -> str:
         """The list that a kind of worker serves here."""
-        return UNPACK if kind == "unpack" else transcribe_list(self.name)
+        return {"unpack": UNPACK, "route": TRANSCRIBE, "gpu": transcribe_list(self.name)}[kind]
 
 
 def open_host(settings: UnpackSettings | GpuSettings, stop: Stop) -> Host:
@@ -69,13 +70,14 @@ def beat(host: Host, stop: Stop, *, gpu: bool) -> None:
     in_background(stop, "beat", beats)
 
 
-def attend(host: Host, kind: str, stop: Stop) -> None:
+def attend(host: Host, kinds: Iterable[str], stop: Stop) -> None:
     """Begin the host's duties in threads: beats, and at once and every minute the rest."""
     beat(host, stop, gpu=False)
 
     def duties() -> None:
         while not stop():
-            patiently(stop, return_leftovers, host, kind)
+            for kind in kinds:
+                patiently(stop, return_leftovers, host, kind)
             patiently(stop, tidy, host)
             stop.wait(TIDY_SECONDS)
 

@@ -42,11 +42,11 @@ class Encoding:
 
 
 def run(settings: UnpackSettings, stop: Stop) -> None:
-    """Serve `unpack` until asked to stop; the batch in hand is finished, or left in the slot's list if a store is away."""
+    """Serve `unpack` until asked to stop; the batch in hand is finished, or left to the slot if a store is away."""
     host = open_host(settings, stop)
     slot, inbox = open_inbox(host, "unpack")
     encoding = Encoding(settings.opus_bitrate, settings.transcode_threads)
-    attend(host, "unpack", stop)
+    attend(host, ("unpack",), stop)
     get_logger().info("unpack worker ready", host=host.name, slot=slot.number)
     try:
         while not stop():

@@ -106,6 +106,7 @@ class Slot:
         self.uploaders = ThreadPoolExecutor(settings.upload_threads, thread_name_prefix="upload")
         self.ahead: deque[tuple[str, Future[Work | None]]] = deque()
         self.behind: deque[Future[None]] = deque()
+        self.unfinished: list[str] = []
 
     def run(self) -> None:
         try:
@@ -202,7 +203,8 @@ class Slot:
                     begun.append(work)
             self._transcribe_and_classify(begun)
         except (Fatal, Stopped) as error:
-            self._hand_back(group, begun)
+            self._hand_back(begun)
+            self.unfinished = [work.job for work in group if work.result is None]
             raise error
         for work in begun:
             if work.result is not None:
@@ -257,16 +259,14 @@ class Slot:
             patiently(self.stop, ledger.note_error, self.host.engine, work.item.audio_id, reason)
             patiently(self.stop, self.inbox.move, work.job, self.inbox.source)
 
-    def _hand_back(self, group: list[Work], begun: list[Work]) -> None:
-        """Return unfinished work uncounted; where a store does not answer it stays in the slot's list."""
+    def _hand_back(self, begun: list[Work]) -> None:
+        """Take the attempt of unfinished work back, as far as the ledger answers."""
         try:
-            for work in reversed(group):
+            for work in begun:
                 if work.result is None:
-                    if work in begun:
-                        ledger.hand_back(self.host.engine, work.item.audio_id)
-                    self.inbox.move(work.job, self.inbox.source, "head")
+                    ledger.hand_back(self.host.engine, work.item.audio_id)
         except LabAudioError as error:
-            log.get_logger().warning("work stays in the slot's list", error=str(error))
+            log.get_logger().warning("attempts stay counted", error=str(error))
 
     def _send(self, work: Work) -> None:
         self.behind.append(self.uploaders.submit(self._settle, work))
@@ -315,15 +315,17 @@ class Slot:
             self.behind.popleft().result()
 
     def _leave(self) -> None:
-        """Finish uploads, and put what was only decoded back to the head of the list."""
+        """Finish uploads, and put what did not go through the models back to the head of the list, in order."""
         self.stop.event.set()  # also where an error ends the slot: no thread waits for a store any longer
         self.decoders.shutdown(wait=True, cancel_futures=True)
         self.uploaders.shutdown(wait=True)
         failures = [future.exception() for future in self.behind]
+        prepared = [
+            job for job, future in self.ahead if future.cancelled() or future.exception() or future.result() is not None
+        ]
         try:
-            for job, future in reversed(self.ahead):
-                if future.cancelled() or future.exception() is not None or future.result() is not None:
-                    self.inbox.move(job, self.inbox.source, "head")
+            for job in reversed([*self.unfinished, *prepared]):
+                self.inbox.move(job, self.inbox.source, "head")
         except LabAudioError as error:
             log.get_logger().warning("jobs stay in the slot's list", error=str(error))
         for failure in failures:

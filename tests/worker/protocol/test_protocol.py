@@ -247,6 +247,15 @@ def test_a_zombies_upload_of_a_dead_item_goes_again(world: World) -> None:
     assert {key for key in world.objects() if key.startswith("processed/")} == set()
 
 
+def test_archives_go_with_their_batch_if_told_so_but_not_one_with_a_dead_recording(world: World) -> None:
+    world.environment["ARCHIVE_AFTER_BATCH"] = "delete"
+    world.plant_batch(1, NAMES)
+    kept = world.plant_batch(2, [*NAMES, "notes.txt"])
+    world.finish()
+    assert {key for key in world.objects() if key.startswith("archives/")} == {f"archives/{kept}.tar"}
+    assert world.rows("SELECT archive_gone_at IS NOT NULL FROM batches ORDER BY batch_id") == [(True,), (False,)]
+
+
 def run_transfer(world: World, **settings: str) -> None:
     transfer_sounds.run(world.load(TransferSettings, **settings), Stop(), once=True)
 

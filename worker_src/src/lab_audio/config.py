@@ -91,6 +91,9 @@ class HostSettings(_Settings):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$",
         description="Name of this host in the ledger and in Redis lists (default: the host's name)",
     )
+    archive_after_batch: Literal["keep", "delete"] = Field(
+        "keep", description="What happens to an archive once its batch is complete; one with a dead recording is kept"
+    )
     scratch_root: AbsolutePath = Field(
         Path("/data/scratch"), description="Directory for work in progress, on a local disk"
     )

@@ -273,6 +273,25 @@ def leaving_batches(engine: Engine, host: str) -> list[str]:
         )
 
 
+def expire_archive(engine: Engine, batch_id: str) -> bool:
+    """Note, before its archive is deleted, that a complete batch is without it. False if it may not be deleted.
+
+    An archive is kept as long as a recording in it is dead: it may be tried again.
+    """
+    with transaction(engine) as connection:
+        return (
+            connection.execute(
+                text(
+                    "UPDATE batches SET archive_gone_at = coalesce(archive_gone_at, now())"
+                    " WHERE batch_id = :id AND state = 'complete'"
+                    " AND NOT EXISTS (SELECT FROM audio_files WHERE batch_id = :id AND state = 'dead')"
+                ),
+                {"id": batch_id},
+            ).rowcount
+            > 0
+        )
+
+
 def release(engine: Engine, batch_id: str, host: str) -> None:
     """Note that nothing of an ended batch is left on this host."""
     with transaction(engine) as connection:

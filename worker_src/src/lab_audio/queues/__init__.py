@@ -32,6 +32,7 @@ def open_queues(settings: QueueSettings) -> redis.Redis:
     return redis.Redis.from_url(
         settings.redis_url.get_secret_value(),
         decode_responses=True,
+        encoding_errors="surrogateescape",  # any bytes may be pushed by anyone, and must reach `dead` as they are
         socket_connect_timeout=5,
         socket_timeout=30,
         socket_keepalive=True,

@@ -11,11 +11,11 @@ from sqlalchemy import Engine
 
 from lab_audio import ledger, queues, scratch
 from lab_audio.config import GpuSettings, UnpackSettings
-from lab_audio.contracts import TRANSCRIBE, UNPACK, processing_list, transcribe_list
+from lab_audio.contracts import TRANSCRIBE, UNPACK, archive_key, processing_list, transcribe_list
 from lab_audio.errors import Fatal
 from lab_audio.ledger.hosts import BEAT_SECONDS
 from lab_audio.log import get_logger
-from lab_audio.s3_utils import Bucket, open_bucket
+from lab_audio.s3_utils import Bucket, delete_archive, open_bucket
 from lab_audio.workers.loop import Stop, in_background, patiently
 
 TIDY_SECONDS = 60
@@ -30,6 +30,7 @@ class Host:
     engine: Engine
     client: Redis
     bucket: Bucket
+    archive_after_batch: str = "keep"
 
     def list_of(self, kind: str) -> str:
         """The list that a kind of worker serves here."""
@@ -44,6 +45,7 @@ def open_host(settings: UnpackSettings | GpuSettings, stop: Stop) -> Host:
         ledger.open_ledger(settings),
         queues.open_queues(settings),
         open_bucket(settings),
+        settings.archive_after_batch,
     )
     patiently(stop, ledger.check_migrated, host.engine)
     patiently(stop, ledger.register, host.engine, host.name, scratch.prepare(host.scratch))
@@ -118,6 +120,8 @@ def tidy_batch(host: Host, batch_id: str, *, wait: bool = True) -> None:
             return
         batch = ledger.find_batch(host.engine, batch_id)
         if batch is not None and batch.host == host.name:
+            if host.archive_after_batch == "delete" and ledger.expire_archive(host.engine, batch_id):
+                delete_archive(archive_key(batch_id), bucket=host.bucket)
             queues.forget_batch(host.client, batch_id)
             ledger.release(host.engine, batch_id, host.name)
 

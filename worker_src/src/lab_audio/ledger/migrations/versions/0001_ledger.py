@@ -72,7 +72,8 @@ CREATE TABLE batches (
     unpacking_at timestamptz,
     ready_at timestamptz,
     complete_at timestamptz,
-    failed_at timestamptz
+    failed_at timestamptz,
+    archive_gone_at timestamptz
 );
 COMMENT ON COLUMN batches.host IS 'set while something of the batch may lie on that host''s disk';
 COMMENT ON COLUMN batches.job IS 'the unpack job, byte for byte as pushed';

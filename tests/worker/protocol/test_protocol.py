@@ -215,7 +215,7 @@ def test_unpack_waits_for_a_gpu_worker(world: World) -> None:
     ledger.adopt(world.engine, batch_id, "{}", ledger.Archive(None, None, None))
     refused = ledger.take(world.engine, batch_id, "h1")
     assert isinstance(refused, ledger.Refused)
-    assert refused.wait
+    assert refused.job == "head"
     ledger.beat(world.engine, "h1", gpu=True)
     assert isinstance(ledger.take(world.engine, batch_id, "h1"), ledger.Taken)
 

@@ -199,7 +199,8 @@ class Protocol:
         """A batch goes back to be unpacked by anyone, while its jobs are still about."""
         for batch_id, batch in self.batches.items():
             if (batch["state"], batch["host"]) == ("ready", host):
-                job = ledger.give_back(self.world.engine, batch_id, host)
+                ledger.give_back(self.world.engine, batch_id, host)
+                job = ledger.waiting_job(self.world.engine, batch_id)
                 assert job == batch["job"]
                 queues.push(self.world.client, "unpack", job)
                 batch.update(state="uploaded", host=None)

@@ -101,7 +101,7 @@ def take_not_mine_again() -> None:
     def take(engine: Any, batch_id: str, name: str) -> Any:
         batch = ledger.find_batch(engine, batch_id)
         if batch is not None and batch.state == "unpacking":
-            return ledger.Refused("it is unpacking", wait=False)
+            return ledger.Refused("it is unpacking", "drop")
         return whole(engine, batch_id, name)
 
     ledger.take = take
@@ -208,7 +208,7 @@ def ack_before_finish() -> None:
 def tidy_releases_first() -> None:
     """The host lets go of a batch before its keys and folder are gone."""
 
-    def tidy_batch(here: Any, batch_id: str, *, wait: bool = True) -> None:
+    def tidy_batch(here: Any, batch_id: str) -> None:
         if not ledger.holds(here.engine, batch_id, here.name):
             ledger.release(here.engine, batch_id, here.name)
             host.scratch.cleanup_scratch(batch_id, root=here.scratch)

@@ -105,8 +105,10 @@ class Idle(Stop):
     def __call__(self) -> bool:
         if super().__call__():
             return True
-        lists = [f"transcribe:{self.host}", *self.client.scan_iter(match=f"processing:{self.host}:gpu:*")]
-        return not any(self.client.llen(name) for name in lists)
+        look = self.client.pipeline(transaction=True)  # a job may be moving from one list to the other
+        for name in (f"transcribe:{self.host}", *(f"processing:{self.host}:gpu:{slot}" for slot in range(4))):
+            look.llen(name)
+        return not any(look.execute())
 
 
 class World:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from lab_audio.errors import ConfigError
 
@@ -76,8 +76,8 @@ class S3Settings(_Settings):
     s3_endpoint: Annotated[str, _url("http", "https")] = Field(
         description="Object store, e.g. https://swift.example.edu:8080"
     )
-    s3_access_key: SecretStr = Field(description="Access key of the object store")
-    s3_secret_key: SecretStr = Field(description="Secret key of the object store")
+    s3_access_key: SecretStr = Field(min_length=1, description="Access key of the object store")
+    s3_secret_key: SecretStr = Field(min_length=1, description="Secret key of the object store")
     s3_bucket: str = Field("audio-pipeline", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$", description="Bucket")
     s3_region: str = Field("us-east-1", description="Region that requests are signed for")
     s3_ca_bundle: Path | None = Field(None, description="File of CA certificates, where the system's do not do")
@@ -166,6 +166,8 @@ def load(kind: type[SettingsT], **overrides: Any) -> SettingsT:
         raise ConfigError(f"CREDENTIALS_DIRECTORY: {directory} is not a directory")
     try:
         return kind(_secrets_dir=directory, **overrides)
+    except (SettingsError, UnicodeDecodeError) as error:
+        raise ConfigError(f"CREDENTIALS_DIRECTORY: {directory}: {error}") from None
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_url=False, include_input=False):

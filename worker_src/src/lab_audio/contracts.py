@@ -73,7 +73,7 @@ class UnpackJob(_Payload):
 
     batch_id: str
     s3_key: str
-    file_count: int = Field(ge=0)
+    file_count: int = Field(ge=0, le=2**31 - 1)
     transferred_at: str = Field(max_length=64)
 
 

@@ -75,8 +75,8 @@ def _open_lock(root: Path, name: str) -> int:
 
 
 @contextmanager
-def batch_lock(root: Path, batch_id: str, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a batch's lock on this host; yields False if it is held elsewhere and `wait` is off.
+def batch_lock(root: Path, batch_id: str) -> Iterator[bool]:
+    """Hold a batch's lock on this host; yields False, at once, if it is held elsewhere.
 
     Each batch is one byte of one file (an open-file-description lock), so that years of batches leave no files behind.
     """
@@ -86,7 +86,7 @@ def batch_lock(root: Path, batch_id: str, *, wait: bool = True) -> Iterator[bool
     fd = _open_lock(root, "batches")
     try:
         try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, wanted)
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
             held = True
         except (BlockingIOError, PermissionError):
             held = False

@@ -29,6 +29,7 @@ from lab_audio.log import get_logger
 
 CHUNK = 1 << 20
 MAX_RECORD_BYTES = 1 << 16
+MAX_PATH_BYTES = 2000  # what PostgreSQL can index
 NO_DIRECTORY = 66
 
 _URL = re.compile(
@@ -94,7 +95,8 @@ def parse(source: str, *, ssh_key: Path | None = None, ssh_known_hosts: Path | N
     The user's and the system's ssh_config are not read: what is not set here does not happen.
     """
     if source.startswith("/") and "\0" not in source:
-        return Source(source, source)
+        directory = _directory(source)
+        return Source(directory, directory)
     match = _URL.fullmatch(source)
     if not match or "\0" in source or not 0 < int(match["port"] or 22) < 65536:
         raise ConfigError("SOURCE: must be ssh://user@host[:port]/dir or an absolute /dir")
@@ -111,7 +113,15 @@ def parse(source: str, *, ssh_key: Path | None = None, ssh_known_hosts: Path | N
     transport = ["ssh", "-F", "/dev/null", "-T", "-x", "-a"]
     transport += [word for option in options for word in ("-o", option)]
     transport += ["-p", port, "-l", match["user"], "--", host]
-    return Source(source, match["dir"], tuple(transport), f"{match['user']}@{host} port {port}")
+    directory = _directory(match["dir"])
+    written = f"[{host}]" if match["six"] else host
+    name = f"ssh://{match['user']}@{written}:{port}{directory}"
+    return Source(name, directory, tuple(transport), f"{match['user']}@{host} port {port}")
+
+
+def _directory(path: str) -> str:
+    """A directory spelt one way: `name` is the source's identity in the ledger."""
+    return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def _file(key: str, path: Path) -> str:
@@ -139,10 +149,13 @@ def settled(source: Source, settle_seconds: int) -> list[SourceFile]:
         files = []
         for record in records:
             file, ctime_ns = _parse(source, record)
+            if len(_encode(file.path)) > MAX_PATH_BYTES:
+                get_logger().warning("source_path_too_long", source=source.name, path=file.path, most=MAX_PATH_BYTES)
+                continue
             if settle_seconds == 0 or max(file.mtime_ns, ctime_ns) <= youngest:
                 files.append(file)
         complaint = run.finish()
-        if run.code:
+        if run.code or "cannot be read" in complaint:
             get_logger().warning("source_listed_in_part", source=source.name, reason=complaint)
     return sorted(files)
 
@@ -187,6 +200,8 @@ def _members(source: Source, asked: list[SourceFile], run: _Run) -> Iterator[tup
         run.finish()
         raise _garbled(source) from None
     complaint = run.finish()
+    if run.padded:
+        raise Retryable(f"{source.name}: a file cannot be read, mend or remove it: {complaint}")
     if run.code:
         get_logger().warning("source_streamed_in_part", source=source.name, reason=complaint)
     now = stat(source, (file.path for file in given))
@@ -299,6 +314,7 @@ class _Run:
         self.code = 0
         self._source, self._process, self._accept = source, process, accept
         self._errors = b""
+        self.padded = False
         self._reader = threading.Thread(target=self._read_errors, daemon=True)
         self._reader.start()
 
@@ -322,6 +338,8 @@ class _Run:
         self._reader.join()
         said = self._errors.decode(errors="replace")
         said = " ".join("".join(c if c.isprintable() else " " for c in said).split())
+        # GNU tar goes on with zeros where it cannot read a file.
+        self.padded = "Read error" in said or "padding with zeros" in said
         if self.code not in self._accept:
             raise _failure(self._source, self.code, said)
         return said[-500:]

@@ -19,6 +19,7 @@ from lab_audio.ledger.batches import (
     release,
     seal,
     take,
+    waiting_job,
 )
 from lab_audio.ledger.connection import check_migrated, migrate, open_ledger
 from lab_audio.ledger.hosts import beat, pause, register
@@ -91,4 +92,5 @@ __all__ = [
     "unfated",
     "unfinished_mints",
     "unqueued",
+    "waiting_job",
 ]

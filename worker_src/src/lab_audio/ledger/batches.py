@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from sqlalchemy import Connection, Engine, Row, text
 
@@ -31,18 +32,23 @@ class Batch:
 
 @dataclass(frozen=True)
 class Taken:
-    """A batch that is this host's to unpack. `settled`: items that are done or dead and need no work."""
+    """A batch that is this host's to unpack, for the n-th time. `settled`: items that are done or dead."""
 
     archive: Archive
     settled: frozenset[str]
+    attempts: int
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A batch that is not to be unpacked. `wait`: leave the job on the list, this host takes nothing for now."""
+    """A batch that is not to be unpacked here now. `job`: what is to become of it.
+
+    Back to the `head` of the list while this host takes nothing; to its `tail` while another host has the batch,
+    which may yet give it back; `drop` where nobody needs it.
+    """
 
     why: str
-    wait: bool
+    job: Literal["head", "tail", "drop"]
 
 
 @dataclass(frozen=True)
@@ -112,22 +118,26 @@ def take(engine: Engine, batch_id: str, host: str) -> Taken | Refused:
             {"host": host, "all": EVERYWHERE},
         ).one()
         if paused:
-            return Refused(f"{host} is paused", wait=True)
+            return Refused(f"{host} is paused", "head")
         if not gpu:
-            return Refused(f"no gpu worker was seen on {host} for two minutes", wait=True)
+            return Refused(f"no gpu worker was seen on {host} for two minutes", "head")
         batch = _locked(connection, batch_id)
         if batch is None:
-            return Refused("it is unknown", wait=False)
+            return Refused("it is unknown", "drop")
         if batch.state != "uploaded" and not (batch.state == "unpacking" and batch.host == host):
-            return Refused(f"it is {batch.state}" + (f" on {batch.host}" if batch.host else ""), wait=False)
-        connection.execute(
-            text("UPDATE batches SET state = 'unpacking', host = :host, unpacking_at = now() WHERE batch_id = :id"),
+            why = f"it is {batch.state}" + (f" on {batch.host}" if batch.host else "")
+            return Refused(why, "tail" if batch.state == "unpacking" else "drop")
+        attempts = connection.execute(
+            text(
+                "UPDATE batches SET state = 'unpacking', host = :host, unpacking_at = now(), attempts = attempts + 1"
+                " WHERE batch_id = :id RETURNING attempts"
+            ),
             {"id": batch_id, "host": host},
-        )
+        ).scalar_one()
         settled = connection.execute(
             text("SELECT item FROM audio_files WHERE batch_id = :id AND state <> 'pending'"), {"id": batch_id}
         ).scalars()
-        return Taken(Archive(batch.sha256, batch.size, batch.file_count), frozenset(settled))
+        return Taken(Archive(batch.sha256, batch.size, batch.file_count), frozenset(settled), attempts)
 
 
 def seal(
@@ -224,15 +234,23 @@ def publishing(engine: Engine, batch_id: str, host: str) -> Iterator[Publication
         yield Publication(len(rows), len(rows) - len(pending), pending)
 
 
-def give_back(engine: Engine, batch_id: str, host: str) -> str | None:
-    """Make a batch whose scratch was removed `uploaded` again. Returns its job to push, None if it is not ours."""
+def give_back(engine: Engine, batch_id: str, host: str) -> None:
+    """Make a batch whose scratch was removed `uploaded` again, if it is this host's."""
     with transaction(engine) as connection:
-        job: str | None = connection.execute(
+        connection.execute(
             text(
                 "UPDATE batches SET state = 'uploaded', host = NULL"
-                " WHERE batch_id = :id AND state IN ('unpacking', 'ready') AND host = :host RETURNING job"
+                " WHERE batch_id = :id AND state IN ('unpacking', 'ready') AND host = :host"
             ),
             {"id": batch_id, "host": host},
+        )
+
+
+def waiting_job(engine: Engine, batch_id: str) -> str | None:
+    """The job of a batch that waits to be unpacked, as pushed; None if it does not wait."""
+    with transaction(engine) as connection:
+        job: str | None = connection.execute(
+            text("SELECT job FROM batches WHERE batch_id = :id AND state = 'uploaded'"), {"id": batch_id}
         ).scalar_one_or_none()
         return job
 
@@ -276,14 +294,14 @@ def leaving_batches(engine: Engine, host: str) -> list[str]:
 def expire_archive(engine: Engine, batch_id: str) -> bool:
     """Note, before its archive is deleted, that a complete batch is without it. False if it may not be deleted.
 
-    An archive is kept as long as a recording in it is dead: it may be tried again.
+    An archive is kept as long as a recording in it is dead, for it may be tried again, and where it was odd.
     """
     with transaction(engine) as connection:
         return (
             connection.execute(
                 text(
                     "UPDATE batches SET archive_gone_at = coalesce(archive_gone_at, now())"
-                    " WHERE batch_id = :id AND state = 'complete'"
+                    " WHERE batch_id = :id AND state = 'complete' AND flags = '{}'"
                     " AND NOT EXISTS (SELECT FROM audio_files WHERE batch_id = :id AND state = 'dead')"
                 ),
                 {"id": batch_id},

@@ -15,6 +15,8 @@ from sqlalchemy import Connection, Engine, create_engine, exc, make_url, text
 from lab_audio.config import LedgerSettings
 from lab_audio.errors import ConfigError, Fatal, Retryable
 
+# Classes of SQLSTATE that pass: connection, read-only after a failover, rollback, resources, locks, operator.
+AWAY = ("08", "25", "40", "53", "55", "57", "58")
 MISCONFIGURED = ("authentication failed", "no pg_hba.conf entry", "does not exist", "no password supplied")
 
 
@@ -33,7 +35,9 @@ def open_ledger(settings: LedgerSettings) -> Engine:
             "tcp_user_timeout": 30_000,
             "application_name": "lab-audio",
             "options": "-c TimeZone=UTC -c statement_timeout=60s -c lock_timeout=30s"
-            " -c idle_in_transaction_session_timeout=60s",
+            " -c idle_in_transaction_session_timeout=60s"
+            # PostgreSQL's own, so that a dead transfer host loses its source within half a minute
+            " -c tcp_keepalives_idle=15 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3",
         },
     )
 
@@ -48,6 +52,9 @@ def translated(engine: Engine) -> Iterator[None]:
         cause = str(getattr(error, "orig", None) or error).strip().splitlines()[-1]
         if any(sign in cause for sign in MISCONFIGURED):
             raise ConfigError(f"DATABASE_URL: {where} refused: {cause}") from None
+        code = getattr(getattr(error, "orig", None), "pgcode", None)
+        if code and code[:2] not in AWAY:
+            raise
         raise Retryable(f"{where}: {cause}") from error
     except exc.ProgrammingError as error:
         code = getattr(error.orig, "pgcode", "")

@@ -32,7 +32,8 @@ def register(engine: Engine, host: str, scratch_id: str) -> None:
                 " give each host its own LAB_HOST, or wait if its disk was just replaced"
             )
         connection.execute(
-            text("UPDATE hosts SET scratch_id = :id WHERE host = :host"), {"host": host, "id": scratch_id}
+            text("UPDATE hosts SET scratch_id = :id, seen_at = now() WHERE host = :host"),
+            {"host": host, "id": scratch_id},
         )
 
 

@@ -56,7 +56,7 @@ def begin(engine: Engine, audio_id: int, host: str) -> int | None:
     with transaction(engine) as connection:
         attempts: int | None = connection.execute(
             text(
-                "UPDATE audio_files a SET attempts = attempts + 1 FROM batches b"
+                "UPDATE audio_files a SET attempts = a.attempts + 1 FROM batches b"
                 " WHERE a.audio_id = :id AND a.state = 'pending'"
                 " AND b.batch_id = a.batch_id AND b.host = :host AND b.state = 'ready' RETURNING a.attempts"
             ),

@@ -101,12 +101,14 @@ def mint(engine: Engine, source: str, files: Sequence[SourceFile], *, most_files
 
 def _first_batch(files: Sequence[SourceFile], most_files: int, most_bytes: int) -> list[SourceFile]:
     chosen: list[SourceFile] = []
+    total = 0
     for file in files:
         if file.path.lower().endswith(".tar"):
             if not chosen:
                 return [file]
             continue
-        if chosen and (len(chosen) >= most_files or sum(f.size for f in chosen) + file.size > most_bytes):
+        total += file.size
+        if chosen and (len(chosen) >= most_files or total > most_bytes):
             break
         chosen.append(file)
     return chosen

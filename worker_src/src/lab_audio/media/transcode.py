@@ -38,6 +38,10 @@ _SECONDARY = re.compile(
 )
 
 
+class Killed(Permanent):
+    """Somebody killed ffmpeg, the kernel for want of memory perhaps; the recording may be good."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """An Opus file that was made: its duration in seconds, SHA-256 and size in bytes."""
@@ -192,6 +196,8 @@ def _run(argv: list[str], source: BinaryIO, sink: Callable[[bytes], object], tim
         process.wait()
     if process.returncode in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, STOPPED_BY_SIGNAL):
         raise Fatal("ffmpeg was ended from outside; the recording is not to blame")
+    if process.returncode == -signal.SIGKILL:
+        raise Killed("ffmpeg was killed")
     if process.returncode:
         raise Permanent(f"ffmpeg: {_last_words(words) or f'ended with {process.returncode}'}")
 

@@ -42,7 +42,8 @@ def gpu_errors_are_fatal(device: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, AssertionError, ValueError) as error:
-        if _GPU_ERROR.search(str(error)):
+        # Out of memory is no sickness: the recording is tried again, alone.
+        if _GPU_ERROR.search(str(error)) and "out of memory" not in str(error).lower():
             raise Fatal(f"the GPU failed ({device}): {str(error).strip().splitlines()[0]}") from error
         raise
 

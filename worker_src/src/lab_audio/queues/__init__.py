@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,7 @@ class Inbox:
         self.source = source
         self.own = own
         self._held: set[str] = set()
+        self._lock = threading.Lock()
         self._unsure = True
 
     def claim(self, wait: int) -> str | None:
@@ -94,14 +96,18 @@ class Inbox:
         except Retryable:
             self._unsure = True
             raise
-        if job is None or job in self._held:  # a doubled job lies in the own list until its twin is acknowledged
+        if job is None:
             return None
-        self._held.add(job)
+        with self._lock:
+            if job in self._held:  # a doubled job lies in the own list until its twin is acknowledged
+                return None
+            self._held.add(job)
         return str(job)
 
     def _settled(self, job: str, act: Callable[[], int]) -> int:
-        answer = act()
-        self._held.discard(job)
+        with self._lock:
+            answer = act()
+            self._held.discard(job)
         return answer
 
     def ack(self, job: str, batch_id: str, processed: int) -> bool:
@@ -151,6 +157,12 @@ def publish(
     keys += [batch_key(batch_id, field) for field in BATCH_FIELDS]
     keys += [transcribe_list(host), *(processing_list(host, "gpu", slot) for slot in range(MAX_SLOTS))]
     return _run(client, "publish", keys, [job, total, processed, archive_key(batch_id), *pending])
+
+
+def is_queued(client: redis.Redis, on: str, job: str) -> bool:
+    """Whether a job is on a list."""
+    with _translated(client):
+        return client.lpos(on, job) is not None
 
 
 def push(client: redis.Redis, to: str, job: str) -> None:

@@ -42,7 +42,16 @@ from lab_audio.contracts import (
 from lab_audio.errors import ConfigError, Fatal, LabAudioError, Permanent
 from lab_audio.ledger import Item
 from lab_audio.media import transcode
-from lab_audio.workers.host import Host, attend, beat, open_host, open_inbox, return_batch, tidy_batch
+from lab_audio.workers.host import (
+    Host,
+    attend,
+    beat,
+    drop_stale,
+    open_host,
+    open_inbox,
+    return_batch,
+    tidy_batch,
+)
 from lab_audio.workers.loop import Stop, Stopped, exit_code, in_background, patiently
 
 IDLE_SECONDS = 2
@@ -80,13 +89,17 @@ def load_models(settings: GpuSettings, device: str) -> Models:
 
 @dataclass
 class Work:
-    """A claimed job on its way through the process. `samples` until it went through the models, `result` after."""
+    """A claimed job on its way through the process. `samples` until it went through the models, `result` after.
+
+    `blamed`: the attempt was the recording's own and stays counted.
+    """
 
     job: str
     item: Item
     opus: Path
     samples: Any = None
     result: Result | None = None
+    blamed: bool = False
 
     @property
     def result_path(self) -> Path:
@@ -150,11 +163,12 @@ class Slot:
         if item.state != "pending":
             self._ack(work, patiently(self.stop, ledger.count_settled, host.engine, item.audio_id))
             return None
-        if item.host is None or item.batch_state != "ready":
-            patiently(self.stop, inbox.drop, job)
+        elsewhere = item.host not in (None, host.name) and wanted.opus_path != str(opus)
+        if elsewhere:
+            patiently(self.stop, inbox.move, job, transcribe_list(str(item.host)))
             return None
-        if item.host != host.name:
-            patiently(self.stop, inbox.move, job, transcribe_list(item.host))
+        if item.host != host.name or item.batch_state != "ready":
+            patiently(self.stop, drop_stale, host, inbox, job, item.batch_id)
             return None
         try:
             work.result = RESULT.validate_json(work.result_path.read_bytes())
@@ -165,8 +179,12 @@ class Slot:
             work.samples = transcode.decode(opus, timeout=60 + (item.seconds or 0))
         except FileNotFoundError:
             patiently(self.stop, return_batch, host, item.batch_id)
-            patiently(self.stop, inbox.drop, job)
+            patiently(self.stop, drop_stale, host, inbox, job, item.batch_id)
             return None
+        except transcode.Killed as error:
+            raise Fatal(f"{error}; is this host short of memory?") from error
+        except OSError as error:
+            raise Fatal(f"SCRATCH_ROOT {host.scratch}: {error}") from error
         except Permanent as error:
             self._bury(work, str(error))
             return None
@@ -204,7 +222,7 @@ class Slot:
             self._transcribe_and_classify(begun)
         except (Fatal, Stopped) as error:
             self._hand_back(begun)
-            self.unfinished = [work.job for work in group if work.result is None]
+            self.unfinished = [work.job for work in group if work.result is None and not work.blamed]
             raise error
         for work in begun:
             if work.result is not None:
@@ -213,7 +231,7 @@ class Slot:
     def _begin(self, work: Work) -> bool:
         attempts = patiently(self.stop, ledger.begin, self.host.engine, work.item.audio_id, self.host.name)
         if attempts is None:
-            patiently(self.stop, self.inbox.drop, work.job)
+            patiently(self.stop, drop_stale, self.host, self.inbox, work.job, work.item.batch_id)
             return False
         if attempts > self.settings.max_attempts:
             last = work.item.reason or "its worker died each time"
@@ -239,22 +257,25 @@ class Slot:
             transcripts = [(work, transcript) for work, transcript in transcripts if not transcript.speech]
         of_work = {work.job: verdict for (work, _), verdict in zip(spoken, verdicts, strict=True)}
         for work, transcript in transcripts:
-            work.result = Result(transcript, of_work.get(work.job, []))
+            result = Result(transcript, of_work.get(work.job, []))
             try:
-                scratch.write_atomic(work.result_path, json.dumps(asdict(work.result)).encode())
+                scratch.write_atomic(work.result_path, json.dumps(asdict(result)).encode())
             except FileNotFoundError:
                 pass  # the batch was taken away meanwhile; its result counts all the same
             except OSError as error:
                 raise Fatal(f"SCRATCH_ROOT {self.host.scratch}: {error}") from error
+            work.result = result
 
     def _went_wrong(self, work: Work, error: Exception) -> None:
         """A recording that the models refuse is set aside; after an unknown error it goes to the list's tail."""
         if isinstance(error, Permanent):
+            work.blamed = True
             self._bury(work, str(error))
         elif isinstance(error, LabAudioError):
             raise error
         else:
-            log.get_logger().error("models went wrong", audio_id=work.item.audio_id, exc_info=error)
+            work.blamed = True
+            log.get_logger().error("went wrong", audio_id=work.item.audio_id, exc_info=error)
             reason = f"{type(error).__name__}: {error}"[:500]
             patiently(self.stop, ledger.note_error, self.host.engine, work.item.audio_id, reason)
             patiently(self.stop, self.inbox.move, work.job, self.inbox.source)
@@ -263,7 +284,7 @@ class Slot:
         """Take the attempt of unfinished work back, as far as the ledger answers."""
         try:
             for work in begun:
-                if work.result is None:
+                if work.result is None and not work.blamed:
                     ledger.hand_back(self.host.engine, work.item.audio_id)
         except LabAudioError as error:
             log.get_logger().warning("attempts stay counted", error=str(error))
@@ -272,6 +293,16 @@ class Slot:
         self.behind.append(self.uploaders.submit(self._settle, work))
 
     def _settle(self, work: Work) -> None:
+        """Bring a result home. After an unknown error it is forgotten, and the recording is tried again, counted."""
+        try:
+            self._bring_home(work)
+        except (LabAudioError, Stopped):
+            raise
+        except Exception as error:
+            work.result_path.unlink(missing_ok=True)
+            self._went_wrong(work, error)
+
+    def _bring_home(self, work: Work) -> None:
         """Upload the Opus, FINISH, ACK, and tidy if that was the batch's last."""
         item, host = work.item, self.host
         assert work.result is not None
@@ -288,7 +319,7 @@ class Slot:
             )
         except FileNotFoundError:
             patiently(self.stop, return_batch, host, item.batch_id)
-            patiently(self.stop, self.inbox.drop, work.job)
+            patiently(self.stop, drop_stale, host, self.inbox, work.job, item.batch_id)
             return
         settled = patiently(self.stop, ledger.finish, host.engine, item.audio_id, key, work.result)
         if settled.state == "dead":
@@ -311,7 +342,10 @@ class Slot:
 
     def _reap(self, most: int) -> None:
         """Wait until at most so many uploads are under way; raises what went wrong in one."""
-        while len(self.behind) > most or (self.behind and self.behind[0].done()):
+        for future in [future for future in self.behind if future.done()]:
+            self.behind.remove(future)
+            future.result()
+        while len(self.behind) > most:
             self.behind.popleft().result()
 
     def _leave(self) -> None:
@@ -335,8 +369,9 @@ class Slot:
 
 def work_slot(settings: GpuSettings, models: Callable[[], Models], stop: Stop) -> None:
     """Serve this host's transcribe list in this process until asked to stop."""
-    host = open_host(settings, stop)
     loaded = models()
+    stop.on_signals()  # until here SIGTERM just ends the process
+    host = open_host(settings, stop)
     slot, inbox = open_inbox(host, "gpu")
     beat(host, stop, gpu=True)
     log.get_logger().info("gpu slot ready", host=host.name, slot=slot.number)
@@ -407,30 +442,32 @@ def supervise(settings: GpuSettings, devices: Sequence[str], stop: Stop) -> None
     children: list[BaseProcess | None] = [None] * len(devices)
     deaths = [0] * len(devices)
     due = [0.0] * len(devices)
-    while not stop():
-        for place, device in enumerate(devices):
-            child, now = children[place], time.monotonic()
-            if child is not None and not child.is_alive():
-                if child.exitcode == ConfigError.exit_code:
-                    stop.fail(ConfigError(f"the GPU worker cannot work on {device}; its message stands above"))
-                    break
-                lived = now - due[place]
-                deaths[place] = 1 if lived > STEADY_SECONDS else deaths[place] + 1
-                pause = min(60.0, 2.0 ** (deaths[place] - 1) - 1)
-                due[place], children[place] = now + pause, None
-                log.get_logger().error("GPU process died", device=device, exit_code=child.exitcode, pause=pause)
-            elif child is None and now >= due[place]:
-                due[place] = now
-                child = context.Process(target=_child, args=(settings, device, os.getpid()), name=f"gpu {device}")
-                child.start()
-                children[place] = child
-        sentinels = [child.sentinel for child in children if child is not None]
-        multiprocessing.connection.wait(sentinels, timeout=WATCH_SECONDS) if sentinels else stop.wait(WATCH_SECONDS)
-    alive = [child for child in children if child is not None]
-    for child in alive:
-        child.terminate()
-    for child in alive:
-        child.join()
+    try:
+        while not stop():
+            for place, device in enumerate(devices):
+                child, now = children[place], time.monotonic()
+                if child is not None and not child.is_alive():
+                    if child.exitcode == ConfigError.exit_code:
+                        stop.fail(ConfigError(f"the GPU worker cannot work on {device}; its message stands above"))
+                        break
+                    lived = now - due[place]
+                    deaths[place] = 1 if lived > STEADY_SECONDS else deaths[place] + 1
+                    pause = min(60.0, 2.0 ** min(deaths[place] - 1, 6) - 1)
+                    due[place], children[place] = now + pause, None
+                    log.get_logger().error("GPU process died", device=device, exit_code=child.exitcode, pause=pause)
+                elif child is None and now >= due[place]:
+                    due[place] = now
+                    child = context.Process(target=_child, args=(settings, device, os.getpid()), name=f"gpu {device}")
+                    child.start()
+                    children[place] = child
+            sentinels = [child.sentinel for child in children if child is not None]
+            multiprocessing.connection.wait(sentinels, timeout=WATCH_SECONDS) if sentinels else stop.wait(WATCH_SECONDS)
+    finally:
+        alive = [child for child in children if child is not None]
+        for child in alive:
+            child.terminate()
+        for child in alive:
+            child.join()
 
 
 def _child(settings: GpuSettings, device: str, parent: int) -> None:
@@ -439,5 +476,5 @@ def _child(settings: GpuSettings, device: str, parent: int) -> None:
     if os.getppid() != parent:
         sys.exit(1)
     log.configure(settings.log_level)
-    stop = Stop().on_signals()
-    sys.exit(exit_code(lambda: work_slot(settings, lambda: load_models(settings, device), stop)))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to pass on
+    sys.exit(exit_code(lambda: work_slot(settings, lambda: load_models(settings, device), Stop())))

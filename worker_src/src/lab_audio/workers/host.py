@@ -105,12 +105,12 @@ def tidy(host: Host) -> None:
     leaving = ledger.leaving_batches(host.engine, host.name)
     strays = [batch_id for batch_id in scratch.batches(host.scratch) if batch_id not in held]
     for batch_id in sorted({*leaving, *strays}):
-        tidy_batch(host, batch_id, wait=False)
+        tidy_batch(host, batch_id)
 
 
-def tidy_batch(host: Host, batch_id: str, *, wait: bool = True) -> None:
-    """TIDY of one batch, under its lock and after reading the ledger again."""
-    with scratch.batch_lock(host.scratch, batch_id, wait=wait) as locked:
+def tidy_batch(host: Host, batch_id: str) -> None:
+    """TIDY of one batch, under its lock and after reading the ledger again; left for later while the lock is held."""
+    with scratch.batch_lock(host.scratch, batch_id) as locked:
         if not locked or ledger.holds(host.engine, batch_id, host.name):
             return
         try:
@@ -127,12 +127,30 @@ def tidy_batch(host: Host, batch_id: str, *, wait: bool = True) -> None:
 
 
 def return_batch(host: Host, batch_id: str) -> None:
-    """Give up a batch whose scratch is damaged: what is not done is unpacked again, here or elsewhere, uncounted."""
-    with scratch.batch_lock(host.scratch, batch_id):
-        if not ledger.holds(host.engine, batch_id, host.name):
+    """Give up a batch whose scratch is damaged: what is not done is unpacked again, here or elsewhere, uncounted.
+
+    May be called again if it was cut short. Does nothing while somebody else on this host has the batch in hand.
+    """
+    with scratch.batch_lock(host.scratch, batch_id) as locked:
+        if not locked:
             return
-        scratch.cleanup_scratch(batch_id, root=host.scratch)
-        job = ledger.give_back(host.engine, batch_id, host.name)
-    if job is not None:
-        queues.push(host.client, UNPACK, job)
-    get_logger().warning("batch returned: its scratch was lost", batch_id=batch_id)
+        if ledger.holds(host.engine, batch_id, host.name):
+            scratch.cleanup_scratch(batch_id, root=host.scratch)
+            ledger.give_back(host.engine, batch_id, host.name)
+            get_logger().warning("batch returned: its scratch was lost", batch_id=batch_id)
+        job = ledger.waiting_job(host.engine, batch_id)
+        if job is not None and not queues.is_queued(host.client, UNPACK, job):
+            queues.push(host.client, UNPACK, job)
+
+
+def drop_stale(host: Host, inbox: queues.Inbox, job: str, batch_id: str) -> None:
+    """Drop a transcribe job that is of no use now: PUBLISH makes it again.
+
+    The batch's row is held, as PUBLISH holds it: else a job that PUBLISH saw in flight could be dropped after it. Of a
+    batch that is ready here again, it goes to the list's tail.
+    """
+    with ledger.publishing(host.engine, batch_id, host.name) as ready:
+        if ready is None:
+            inbox.drop(job)
+        else:
+            inbox.move(job, inbox.source)

@@ -104,6 +104,8 @@ def exit_code(act: Callable[[], object]) -> int:
     """Run `act` and say an error of ours in plain words: 0, 78 for configuration, 70 for other fatal errors, else 1."""
     try:
         act()
+    except Stopped:
+        return 0
     except Fatal as error:
         for line in str(error).splitlines():
             print(f"lab-audio: {line}", file=sys.stderr)

@@ -115,6 +115,8 @@ def transfer_settled(transfer: Transfer, settings: TransferSettings, lock: Conne
             return
         finish_mint(transfer, minted, stop)
         do_fates(transfer)
+        mine = set(minted.files)  # one that was struck waits for the next look
+        files = [file for file in files if file not in mine]
 
 
 def finish_mint(transfer: Transfer, minted: Mint, stop: Stop) -> None:

@@ -31,6 +31,9 @@ from lab_audio.workers.loop import Stop, Stopped, patiently
 
 SPOOL_BYTES = 16 << 20
 PAUSE_SECONDS = 2
+MAX_ATTEMPTS = 5
+MAX_NAME_BYTES = 2000  # what PostgreSQL can index
+FFMPEG_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -71,16 +74,16 @@ def handle(host: Host, inbox: queues.Inbox, job: str, encoding: Encoding, stop: 
         patiently(stop, inbox.bury, job)
         return True
     log = get_logger().bind(batch_id=wanted.batch_id)
-    with scratch.batch_lock(host.scratch, wanted.batch_id, wait=False) as locked:
-        if not locked:
-            patiently(stop, inbox.drop, job)
-            return True
+    with scratch.batch_lock(host.scratch, wanted.batch_id) as locked:
+        if not locked:  # held by whoever unpacks, tidies or returns it on this host: look again later
+            patiently(stop, inbox.move, job, inbox.source)
+            return False
         taken = patiently(stop, ledger.take, host.engine, wanted.batch_id, host.name)
         if isinstance(taken, Refused):
-            if taken.wait:
-                patiently(stop, inbox.move, job, inbox.source, "head")
+            log.info("not to be unpacked now", why=taken.why)
+            if taken.job != "drop":
+                patiently(stop, inbox.move, job, inbox.source, taken.job)
                 return False
-            log.info("not to be unpacked", why=taken.why)
         else:
             try:
                 unpack(host, wanted, taken, encoding, stop)
@@ -91,12 +94,15 @@ def handle(host: Host, inbox: queues.Inbox, job: str, encoding: Encoding, stop: 
                 raise Fatal(f"SCRATCH_ROOT {host.scratch}: {error}") from error
             except (LabAudioError, Stopped):
                 raise
-            except Exception:
-                log.exception("unpacking went wrong; the job goes to the tail")
-                scratch.cleanup_scratch(wanted.batch_id, root=host.scratch)
-                patiently(stop, ledger.give_back, host.engine, wanted.batch_id, host.name)
-                patiently(stop, inbox.move, job, inbox.source)
-                return False
+            except Exception as error:
+                log.exception("unpacking went wrong", attempts=taken.attempts)
+                if taken.attempts < MAX_ATTEMPTS:
+                    scratch.cleanup_scratch(wanted.batch_id, root=host.scratch)
+                    patiently(stop, ledger.give_back, host.engine, wanted.batch_id, host.name)
+                    patiently(stop, inbox.move, job, inbox.source)
+                    return False
+                reason = f"{type(error).__name__}: {error}"[:500]
+                patiently(stop, ledger.fail, host.engine, wanted.batch_id, host.name, reason)
         patiently(stop, publish, host, inbox, wanted.batch_id, job)
     patiently(stop, tidy_batch, host, wanted.batch_id)
     return True
@@ -195,10 +201,13 @@ def read_archive(
 
 def entry(member: tar.Member) -> NewItem:
     """The row of a member, with a reason if it is not to be encoded."""
-    reason = member.problem
-    if reason is None and not member.name.lower().endswith(".mp3"):
+    name, reason, item = member.name, member.problem, item_of(member.name)
+    if len(name.encode()) > MAX_NAME_BYTES:
+        name = f"{name[:200]}... {item}"
+        reason = f"its name is longer than {MAX_NAME_BYTES} bytes"
+    elif reason is None and not name.lower().endswith(".mp3"):
         reason = "is not an .mp3 file"
-    return NewItem(member.name, item_of(member.name), PurePosixPath(member.name).name, reason=reason)
+    return NewItem(name, item, PurePosixPath(name).name, reason=reason)
 
 
 def spooled(recording: BinaryIO, folder: Path) -> BinaryIO:
@@ -212,10 +221,16 @@ def spooled(recording: BinaryIO, folder: Path) -> BinaryIO:
 def encode(row: NewItem, mp3: BinaryIO, folder: Path, bitrate: int) -> NewItem:
     """Encode one recording; one that cannot be is a row with the reason."""
     with mp3:
-        try:
-            opus = transcode.encode(mp3, folder / f"{row.item}.opus", bitrate=bitrate, timeout=encode_seconds(mp3))
-        except Permanent as error:
-            return replace(row, reason=str(error))
+        for tries_left in reversed(range(FFMPEG_TRIES)):
+            try:
+                target = folder / f"{row.item}.opus"
+                opus = transcode.encode(mp3, target, bitrate=bitrate, timeout=encode_seconds(mp3))
+                break
+            except transcode.Killed as error:  # for want of memory, perhaps not its own
+                if not tries_left:
+                    return replace(row, reason=f"{error}, {FFMPEG_TRIES} times")
+            except Permanent as error:
+                return replace(row, reason=str(error))
     return replace(row, seconds=opus.seconds)
 
 

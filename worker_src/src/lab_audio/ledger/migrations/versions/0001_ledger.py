@@ -61,6 +61,7 @@ CREATE TABLE batches (
     state text NOT NULL CHECK (state IN ('minted', 'uploaded', 'unpacking', 'ready', 'complete', 'failed')),
     reason text,
     flags text[] NOT NULL DEFAULT '{}',
+    attempts integer NOT NULL DEFAULT 0,
     host text,
     job text,
     source text,

@@ -122,7 +122,7 @@ def use(database: Any) -> None:
         ledger.register(engine, "h1", "disk")
         ledger.beat(engine, "h1", gpu=True)
         ledger.adopt(engine, BATCH, "{}", Archive(None, 10, 2))
-        assert ledger.take(engine, BATCH, "h1") == ledger.Taken(Archive(None, 10, 2), frozenset())
+        assert ledger.take(engine, BATCH, "h1") == ledger.Taken(Archive(None, 10, 2), frozenset(), 1)
         members = ["a/call.mp3", "b/call.mp3"]
         items = [NewItem(member, item_of(member), "call.mp3", 1.5) for member in members]
         assert ledger.seal(engine, BATCH, "h1", items, Archive("0" * 64, 10, 2), []) == "ready"

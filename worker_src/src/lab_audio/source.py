@@ -338,8 +338,8 @@ class _Run:
         self._reader.join()
         said = self._errors.decode(errors="replace")
         said = " ".join("".join(c if c.isprintable() else " " for c in said).split())
-        # GNU tar goes on with zeros where it cannot read a file.
-        self.padded = "Read error" in said or "padding with zeros" in said
+        # GNU tar goes on with zeros where it cannot read a file; also where one shrank, which shows in its size.
+        self.padded = "Read error" in said
         if self.code not in self._accept:
             raise _failure(self._source, self.code, said)
         return said[-500:]

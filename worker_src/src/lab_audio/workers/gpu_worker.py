@@ -296,7 +296,7 @@ class Slot:
         """Bring a result home. After an unknown error it is forgotten, and the recording is tried again, counted."""
         try:
             self._bring_home(work)
-        except (LabAudioError, Stopped):
+        except (Fatal, Stopped):
             raise
         except Exception as error:
             work.result_path.unlink(missing_ok=True)

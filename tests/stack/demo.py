@@ -18,14 +18,15 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import corpus
 import psycopg2
 import redis
-from models import POLICIES, assemble
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+import corpus
+from models import POLICIES, assemble
 from stack import Stack
 
 CHECKOUT = Path(__file__).parents[2]

@@ -25,6 +25,7 @@ import boto3
 import psycopg2
 import redis
 from botocore.config import Config
+
 from processes import free_ports
 from seaweedfs import SeaweedFS
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from docs.make_configuration import PAGE, page
-
 from lab_audio.cli import WORKERS
 
 

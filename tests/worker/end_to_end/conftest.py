@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+
 from lab import PROGRAM, Lab, make_lab
 from models import assemble
 from stack import Stack

@@ -20,10 +20,11 @@ from typing import Any
 
 import psycopg2
 import redis
-from models import POLICIES
-from stack import Stack
 
 import lab_audio
+
+from models import POLICIES
+from stack import Stack
 
 PROGRAM = Path(sys.executable).with_name("lab-audio")
 PR_SET_PDEATHSIG = 1

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import corpus
 import pytest
-from lab import Host, Lab, Program, wait_for
 from sqlalchemy import Engine
 
 from lab_audio import ledger, queues
@@ -18,6 +16,9 @@ from lab_audio.config import LedgerSettings
 from lab_audio.contracts import item_of
 from lab_audio.ledger import Archive, NewItem
 from lab_audio.media import transcode
+
+import corpus
+from lab import Host, Lab, Program, wait_for
 
 OTHER = "20260101-000000-00000a"  # whole: its archive is stored, its recordings are done
 HELD = "20260101-000000-00000b"  # open on this host, with one recording to do

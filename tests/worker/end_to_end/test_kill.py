@@ -6,8 +6,9 @@ import os
 import signal
 from typing import Any
 
-import corpus
 import psycopg2
+
+import corpus
 from lab import Host, Lab, Program, command_line, wait_for
 
 FILES = 24

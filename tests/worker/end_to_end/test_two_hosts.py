@@ -9,8 +9,9 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-import corpus
 import pytest
+
+import corpus
 from lab import Lab, as_user
 
 BATCHES, FILES = 5, 40

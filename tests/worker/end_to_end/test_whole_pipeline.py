@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-import corpus
 import pytest
+
+import corpus
 from lab import Host, Lab, Program, wait_for
 
 FILES = [

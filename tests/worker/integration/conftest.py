@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+from lab_audio.config import S3Settings
+from lab_audio.s3_utils import Bucket, ensure_bucket, open_bucket
+
 from processes import NotReady
 from proxy import Proxy
 from seaweedfs import SeaweedFS
 from swift import Swift
-
-from lab_audio.config import S3Settings
-from lab_audio.s3_utils import Bucket, ensure_bucket, open_bucket
 
 
 @pytest.fixture(scope="session", params=[SeaweedFS, Swift], ids=["seaweedfs", "swift-tls"])

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.stack import tiny_models
 
 from lab_audio.errors import ConfigError, Fatal
 from lab_audio.models.classifier import Classifier, Policy, load_policies, prompt
+
+from tests.stack import tiny_models
 
 if os.environ.get("REQUIRE_ALL") != "1":
     pytest.importorskip("torch", reason="lab-audio[gpu] is not installed")

@@ -16,14 +16,15 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import pytest
-from proxy import Cut, Proxy
-from swift import Swift
 
 from lab_audio import s3_utils
 from lab_audio.config import S3Settings
 from lab_audio.contracts import archive_key
 from lab_audio.errors import Fatal, NotFound, Permanent, Retryable
 from lab_audio.s3_utils import Bucket, open_bucket
+
+from proxy import Cut, Proxy
+from swift import Swift
 
 BATCH = "20250622-143052-a1b2c3"
 KEY = archive_key(BATCH)

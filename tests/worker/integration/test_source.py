@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import free_ports
-from sshd import Sshd, make_key, sshd
 
 from lab_audio import source
 from lab_audio.contracts import SourceFile
 from lab_audio.errors import ConfigError, Fatal, NotFound, Permanent, Retryable
 from lab_audio.media import archive
+
+from processes import free_ports
+from sshd import Sshd, make_key, sshd
 
 ODD_NAMES = [
     "a b.mp3",

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.stack import corpus, tiny_models
 
 from lab_audio.contracts import Transcript
 from lab_audio.errors import ConfigError, Fatal
 from lab_audio.models.transcriber import UNKNOWN_LANGUAGE, Transcriber
+
+from tests.stack import corpus, tiny_models
 
 if os.environ.get("REQUIRE_ALL") != "1":
     pytest.importorskip("whisperx", reason="lab-audio[gpu] is not installed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from crash import plant, snags_after_kill
 from world import World
 

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import Engine, event
-from world import World, eventually, fake_classify, fake_transcribe
 
 from lab_audio import ledger, queues, scratch
 from lab_audio.config import GpuSettings, UnpackSettings
 from lab_audio.contracts import Result, item_of
 from lab_audio.ledger import Archive, NewItem, Refused, Taken
 from lab_audio.workers.host import Host, tidy_batch
+
+from world import World, eventually, fake_classify, fake_transcribe
 
 ARCHIVE = Archive("0" * 64, 1, 2)
 

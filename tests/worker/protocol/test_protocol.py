@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from world import MODELS, Idle, World, fake_classify, fake_decode, fake_transcribe, world_client
 
 from lab_audio import ledger, queues
 from lab_audio.config import GpuSettings, TransferSettings
@@ -18,6 +17,8 @@ from lab_audio.media import transcode
 from lab_audio.workers import gpu_worker, transfer_sounds
 from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop
+
+from world import MODELS, Idle, World, fake_classify, fake_decode, fake_transcribe, world_client
 
 NAMES = ["a.mp3", "b.mp3", "c.mp3"]
 

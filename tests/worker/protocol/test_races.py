@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from world import BATCH, MODELS, World, eventually, fake_classify, fake_decode, fake_encode, fake_transcribe
 
 from lab_audio import ledger, queues, scratch
 from lab_audio.config import GpuSettings, TransferSettings, UnpackSettings
@@ -19,6 +18,8 @@ from lab_audio.media import transcode
 from lab_audio.workers import gpu_worker, transfer_sounds, unpack_worker
 from lab_audio.workers.host import Host, open_host, open_inbox, return_batch, return_leftovers
 from lab_audio.workers.loop import Stop
+
+from world import BATCH, MODELS, World, eventually, fake_classify, fake_decode, fake_encode, fake_transcribe
 
 NAMES = ["a.mp3", "b.mp3", "c.mp3"]
 ENCODING = unpack_worker.Encoding(24_000, 1)

@@ -6,12 +6,13 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from world import BATCH, World, fake_classify, fake_transcribe
 
 from lab_audio import ledger, queues
 from lab_audio.contracts import Result, item_of, parse_transcribe_job, parse_unpack_job, processing_list
 from lab_audio.ledger import Archive, NewItem, Refused
 from lab_audio.workers.unpack_worker import transcribe_jobs
+
+from world import BATCH, World, fake_classify, fake_transcribe
 
 STEPS = ["unpack_step"] * 6 + ["gpu_step"] * 9 + ["kill", "double", "lose_scratch", "tidy", "upload"]
 ACTIONS = st.tuples(st.sampled_from(STEPS), st.sampled_from(["h1", "h2"]), st.integers(0, 11))

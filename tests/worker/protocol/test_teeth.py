@@ -10,12 +10,13 @@ from concurrent.futures import Executor, Future
 from typing import Any
 
 import pytest
-from crash import plant, snags_after_kill
 from sqlalchemy import text
-from world import World
 
 from lab_audio import ledger, queues, s3_utils
 from lab_audio.workers import gpu_worker, host, transfer_sounds
+
+from crash import plant, snags_after_kill
+from world import World
 
 
 def mint_split() -> None:

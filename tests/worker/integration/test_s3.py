@@ -230,10 +230,11 @@ class TestDownload:
 
         def on_reply(block: bytes) -> bytes:
             nonlocal blocks
-            blocks += len(block) > 4096
-            # Well after the header: botocore itself asks again where none came.
-            if blocks == 10:
-                raise Cut
+            if len(block) > 4096:
+                blocks += 1
+                # Once, and well after the header: botocore itself asks again where none came.
+                if blocks == 10:
+                    raise Cut
             return block
 
         proxy.on_reply = on_reply
@@ -321,7 +322,8 @@ class TestStream:
         with s3_utils.open_archive(info, bucket=bucket, range_size=MIB) as stream:
             stream.read(100)
             s3_utils.delete_archive(KEY, bucket=bucket)
-            with pytest.raises(NotFound):
+            # Swift may still find the manifest and no longer its parts; who then asks again finds nothing.
+            with pytest.raises((NotFound, Retryable)):
                 stream.drain()
 
     def test_memory_is_bounded_also_when_the_reader_is_slow(self, bucket: Bucket, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ class SeaweedFS(Servers):
 
     def start(self) -> None:
         program = weed()
-        ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+        self.ports = free_ports(len(_PORTS))
+        ports = dict(zip(_PORTS, self.ports, strict=True))
         self.endpoint = f"http://127.0.0.1:{ports['s3.port']}"
         self.access_key, self.secret_key = secrets.token_hex(10), secrets.token_hex(20)
         data = self.directory / "data"

@@ -120,7 +120,7 @@ def take(engine: Engine, batch_id: str, host: str) -> Taken | Refused:
         if paused:
             return Refused(f"{host} is paused", "head")
         if not gpu:
-            return Refused(f"no gpu worker was seen on {host} for two minutes", "head")
+            return Refused(f"no gpu worker was seen on {host} in the last two minutes", "head")
         batch = _locked(connection, batch_id)
         if batch is None:
             return Refused("it is unknown", "drop")

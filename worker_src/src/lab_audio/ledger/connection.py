@@ -49,7 +49,7 @@ def translated(engine: Engine) -> Iterator[None]:
     try:
         yield
     except (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError) as error:
-        cause = str(getattr(error, "orig", None) or error).strip().splitlines()[-1]
+        cause = " ".join(str(getattr(error, "orig", None) or error).split())
         if any(sign in cause for sign in MISCONFIGURED):
             raise ConfigError(f"DATABASE_URL: {where} refused: {cause}") from None
         code = getattr(getattr(error, "orig", None), "pgcode", None)

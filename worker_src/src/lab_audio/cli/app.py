@@ -1,0 +1,35 @@
+"""What all commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+
+from lab_audio.workers.loop import exit_code
+
+app = typer.Typer(
+    name="lab-audio",
+    help="Recordings from a source host to transcripts, labels and kept Opus; none lost, none counted twice.\n\n"
+    "Settings come from the environment and, for secrets, from files in $CREDENTIALS_DIRECTORY;"
+    " `lab-audio settings` lists them all.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def run(act: Callable[[], object]) -> None:
+    """Run a command's work and leave with its exit code."""
+    try:
+        raise typer.Exit(exit_code(act))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

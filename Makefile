@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test chaos lint clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -9,6 +9,10 @@ demo:  ## The whole pipeline on this machine (SOUNDS=dir: your own MP3s; KEEP=1:
 
 test:  ## Everything that CI runs (REQUIRE_ALL=1: what cannot run fails; ONLY="lint unit")
 	@tests/stack/bootstrap.sh test && exec .venv/bin/python tests/run.py $(ONLY)
+
+chaos:  ## Everything that can go wrong does, by a seed (SEED=n MINUTES=n; DOSES=full: as docs/reliability.md wants it)
+	@tests/stack/bootstrap.sh test && exec .venv/bin/python tests/chaos/campaign.py \
+		$(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DOSES),--doses $(DOSES))
 
 lint:  ## ruff, mypy and the imports between rooms
 	@tests/stack/bootstrap.sh test && exec .venv/bin/python tests/run.py lint

@@ -1,4 +1,4 @@
-"""`make test`: lint and every tier of the worker's tests, each with its result and time.
+"""`make test`: lint, every tier of the worker's tests, and the chaos campaign, each with its result and time.
 
 run.py [lint] [TIER...] runs only those. REQUIRE_ALL=1: what cannot run here fails; else it is only said.
 """
@@ -22,6 +22,7 @@ BIN = Path(sys.executable).parent
 CACHE = CHECKOUT / ".cache"
 REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
 NO_TESTS = 5
+CAMPAIGN = "chaos"
 LEAVE_SECONDS = 10
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -57,9 +58,9 @@ def main(wanted: list[str]) -> int:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     # Whatever a test leaves behind becomes our child, so that it can be named and ended.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    unknown = set(wanted) - {"lint", *TIERS}
+    unknown = set(wanted) - {"lint", *TIERS, CAMPAIGN}
     if unknown:
-        print(f"not a tier: {', '.join(sorted(unknown))}; there are lint, {', '.join(TIERS)}")
+        print(f"not a tier: {', '.join(sorted(unknown))}; there are lint, {', '.join(TIERS)}, {CAMPAIGN}")
         return 2
     outcomes: dict[str, Outcome] = {}
     try:
@@ -69,6 +70,8 @@ def main(wanted: list[str]) -> int:
         for name in TIERS:
             if not wanted or name in wanted:
                 outcomes[name] = tier(name)
+        if not wanted or CAMPAIGN in wanted:
+            outcomes[CAMPAIGN] = campaign()
     except KeyboardInterrupt:
         return 130
     finally:
@@ -99,6 +102,15 @@ def tier(name: str) -> Outcome:
     elif REQUIRE_ALL and outcome.skipped:
         outcome.ok, outcome.note = False, "REQUIRE_ALL=1, and not all of it ran"
     return outcome
+
+
+def campaign() -> Outcome:
+    """Five minutes in which every step is killed and everything goes wrong once."""
+    say(CAMPAIGN)
+    began = time.monotonic()
+    code = run([sys.executable, "tests/chaos/campaign.py"], CHECKOUT)
+    left = end_leftovers(LEAVE_SECONDS)
+    return Outcome(code == 0 and not left, time.monotonic() - began, f"left running: {'; '.join(left)}" if left else "")
 
 
 def run(command: list[str], directory: Path) -> int:

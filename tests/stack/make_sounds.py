@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Make the corpus of synthetic speech in tests/stack/sounds, with its true text. Needs espeak-ng and lame.
+"""Make the corpus of synthetic speech in tests/stack/sounds, with its true text, and the workers' canary.
+
+Needs espeak-ng, lame and ffmpeg, and lab_audio (run it by .venv/bin/python).
 
 Each sentence is encoded alone, at a constant bit rate without a bit reservoir, so that recordings can be cut
 and joined at sentences by bytes alone (see corpus.py). Run it only to change the corpus: that is committed.
@@ -11,6 +13,8 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+
+from lab_audio.media import canary, transcode
 
 SOUNDS = Path(__file__).parent / "sounds"
 
@@ -151,6 +155,13 @@ def main() -> None:
         truth[name] = [{"text": s, "bytes": len(p)} for s, p in zip(sentences, pieces, strict=True)]
     transcripts = SOUNDS / "transcripts.json"
     transcripts.write_text(json.dumps(truth, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    make_canary()
+
+
+def make_canary() -> None:
+    canary.MP3.write_bytes(encode("The soup is done when the carrots are soft.", "en-gb", 150))
+    with canary.MP3.open("rb") as mp3:
+        transcode.encode(mp3, canary.OPUS, bitrate=canary.BITRATE)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from docs.make_configuration import PAGE, page
-from lab_audio.cli import WORKERS
+from lab_audio.cli.workers import SETTINGS
 
 
 def test_page_is_what_its_script_writes() -> None:
@@ -14,6 +14,6 @@ def test_page_is_what_its_script_writes() -> None:
 
 def test_every_setting_of_every_worker_has_one_row() -> None:
     lines = PAGE.read_text(encoding="utf-8").splitlines()
-    for kind in WORKERS.values():
+    for kind in SETTINGS.values():
         for name in kind.model_fields:
             assert sum(line.startswith(f"| `{name.upper()}` |") for line in lines) == 1, name

@@ -15,9 +15,8 @@ import pytest
 from pydantic_settings import BaseSettings
 
 from lab_audio import config, contracts, ledger, queues, s3_utils
-from lab_audio.contracts import TranscribeJob, UnpackJob, parse_transcribe_job, parse_unpack_job
+from lab_audio.contracts import TranscribeJob, UnpackJob, new_unpack_job, parse_transcribe_job, parse_unpack_job
 from lab_audio.errors import ConfigError, Permanent
-from lab_audio.workers.transfer_sounds import new_job
 from lab_audio.workers.unpack_worker import transcribe_jobs
 
 BATCH = "20250622-143052-a1b2c3"
@@ -48,7 +47,7 @@ def test_the_unpack_job_is_the_references_to_the_byte() -> None:
 
 
 def test_the_transfer_worker_pushes_that_job_with_the_time_in_utc() -> None:
-    made = new_job(BATCH, 847)
+    made = new_unpack_job(BATCH, 847)
     time = json.loads(made)["transferred_at"]
     assert re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", time)
     assert made == UNPACK_JOB.replace("2025-06-22T14:30:52Z", time)
@@ -357,7 +356,23 @@ def test_a_directory_of_secrets_that_is_not_there_is_named(monkeypatch: pytest.M
         config.load(config.LedgerSettings)
 
 
-@pytest.mark.parametrize("command", ["", *WORKERS, "migrate", "status", "pause", "resume", "fetch-archive", "settings"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        *WORKERS,
+        "migrate",
+        "status",
+        "pause",
+        "resume",
+        "hosts",
+        "reconcile",
+        "retention",
+        "dead",
+        "fetch-archive",
+        "settings",
+    ],
+)
 def test_every_command_explains_itself(command: str) -> None:
     helped = run(*command.split(), "--help", COLUMNS="100")
     assert helped.returncode == 0

@@ -112,7 +112,7 @@ def bench(lab: Lab) -> Iterator[Bench]:
     # The open batch: taken, sealed and published by the workers' own functions, but for its one job.
     lab.put_archive(HELD, {MEMBER: SPEECH.read_bytes()})
     ledger.adopt(engine, HELD, unpack_job(HELD).decode(), Archive(None, None, 1))
-    assert isinstance(ledger.take(engine, HELD, host.name), ledger.Taken)
+    assert isinstance(ledger.take(engine, HELD, host.name, 1 << 30), ledger.Taken)
     folder = host.scratch / HELD
     folder.mkdir()
     with SPEECH.open("rb") as mp3:

@@ -119,10 +119,12 @@ def use(database: Any) -> None:
     engine = ledger.open_ledger(load(LedgerSettings))
     try:
         ledger.check_migrated(engine)
-        ledger.register(engine, "h1", "disk")
+        ledger.register(engine, "h1", "disk", Path("/data/scratch"))
         ledger.beat(engine, "h1", gpu=True)
         ledger.adopt(engine, BATCH, "{}", Archive(None, 10, 2))
-        assert ledger.take(engine, BATCH, "h1") == ledger.Taken(Archive(None, 10, 2), frozenset(), 1)
+        taken = ledger.take(engine, BATCH, "h1", 1 << 30)
+        assert isinstance(taken, ledger.Taken)
+        assert (taken.archive, taken.settled, taken.attempts) == (Archive(None, 10, 2), frozenset(), 1)
         members = ["a/call.mp3", "b/call.mp3"]
         items = [NewItem(member, item_of(member), "call.mp3", 1.5) for member in members]
         assert ledger.seal(engine, BATCH, "h1", items, Archive("0" * 64, 10, 2), []) == "ready"
@@ -132,7 +134,7 @@ def use(database: Any) -> None:
         for place, member in enumerate(members, 1):
             item = ledger.find_item(engine, BATCH, item_of(member))
             assert item is not None and item.state == "pending"
-            assert ledger.begin(engine, item.audio_id, "h1") == 1
+            assert ledger.begin(engine, item.audio_id, "h1", 0) == 1
             result = Result(Transcript("hello", "en", [], True, "whisper"), verdicts)
             settled = ledger.finish(engine, item.audio_id, f"processed/{item.date}/{item.audio_id}.opus", result)
             assert settled == ledger.Settled("done", place, 2, True)
@@ -180,10 +182,10 @@ def test_older_rows_never_look_like_work(database: Any, older: Older) -> None:
     migrate()
     engine = ledger.open_ledger(load(LedgerSettings))
     try:
-        ledger.register(engine, "h1", "disk")
+        ledger.register(engine, "h1", "disk", Path("/data/scratch"))
         assert ledger.open_batches(engine) == []
         assert ledger.held_batches(engine, "h1") == set()
-        assert [ledger.begin(engine, audio_id, "h1") for audio_id in (1, 2, 3)] == [None] * 3
+        assert [ledger.begin(engine, audio_id, "h1", 0) for audio_id in (1, 2, 3)] == [None] * 3
     finally:
         engine.dispose()
 

@@ -222,7 +222,7 @@ class TestEncode:
 
     def test_a_full_disk_is_no_fault_of_the_recording(self, folder: Path) -> None:
         (folder / "x.opus.part").symlink_to("/dev/full")
-        with pytest.raises(Fatal, match="scratch is full"):
+        with pytest.raises(OSError, match="No space left"):
             encode(io.BytesIO(SPEECH.read_bytes()), folder / "x.opus", bitrate=24_000)
         assert names(folder) == []
 
@@ -249,6 +249,12 @@ class TestBadPrograms:
         assert names(folder) == []
         for pid in (tmp_path / "pids").read_text().split():
             assert ends(int(pid))
+
+    def test_one_that_is_stopped_is_killed(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake_ffmpeg(tmp_path / "bin", monkeypatch, f"echo $$ > {tmp_path}/pids; kill -STOP $$")
+        with pytest.raises(Permanent, match="not done with it in 1 seconds"):
+            encode(io.BytesIO(bytes(1 << 20)), folder / "x.opus", bitrate=24_000, timeout=1)
+        assert ends(int((tmp_path / "pids").read_text()))
 
     def test_one_that_closes_its_output_and_goes_on(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

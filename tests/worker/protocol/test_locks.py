@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, event
@@ -14,7 +15,7 @@ from lab_audio.contracts import Result, item_of
 from lab_audio.ledger import Archive, NewItem, Refused, Taken
 from lab_audio.workers.host import Host, tidy_batch
 
-from world import World, eventually, fake_classify, fake_transcribe
+from world import ROOM, World, eventually, fake_classify, fake_transcribe
 
 ARCHIVE = Archive("0" * 64, 1, 2)
 
@@ -55,10 +56,10 @@ def engine(world: World) -> Engine:
 def ready_batch(world: World, names: list[str]) -> tuple[str, list[int]]:
     """A sealed batch of host h1, and its audio_ids."""
     batch_id = world.plant_batch(1, names)
-    ledger.register(world.engine, "h1", "disk")
+    ledger.register(world.engine, "h1", "disk", Path("/data/scratch"))
     ledger.beat(world.engine, "h1", gpu=True)
     ledger.adopt(world.engine, batch_id, world.job(batch_id, len(names)), ARCHIVE)
-    assert isinstance(ledger.take(world.engine, batch_id, "h1"), Taken)
+    assert isinstance(ledger.take(world.engine, batch_id, "h1", ROOM), Taken)
     items = [NewItem(name, item_of(name), name, 1.0) for name in names]
     assert ledger.seal(world.engine, batch_id, "h1", items, ARCHIVE, []) == "ready"
     return batch_id, [row[0] for row in world.rows("SELECT audio_id FROM audio_files ORDER BY audio_id")]
@@ -72,18 +73,36 @@ def test_one_of_two_hosts_takes_a_batch(world: World) -> None:
     batch_id = world.plant_batch(1, ["a.mp3"])
     ledger.adopt(world.engine, batch_id, "{}", ARCHIVE)
     for host in ("h1", "h2"):
-        ledger.register(world.engine, host, host)
+        ledger.register(world.engine, host, host, Path("/data/scratch"))
         ledger.beat(world.engine, host, gpu=True)
     mine, other = engine(world), engine(world)
     answers = in_the_middle(
         world,
         mine,
         "UPDATE batches",
-        lambda: ledger.take(mine, batch_id, "h1"),
-        lambda: ledger.take(other, batch_id, "h2"),
+        lambda: ledger.take(mine, batch_id, "h1", ROOM),
+        lambda: ledger.take(other, batch_id, "h2", ROOM),
     )
     assert [type(answer) for answer in answers] == [Taken, Refused]
     assert world.rows("SELECT host FROM batches") == [("h1",)]
+
+
+def test_two_unpack_workers_of_a_host_do_not_give_away_the_same_room(world: World) -> None:
+    ledger.register(world.engine, "h1", "disk", Path("/data/scratch"))
+    ledger.beat(world.engine, "h1", gpu=True)
+    first, second = world.plant_batch(1, ["a.mp3"]), world.plant_batch(2, ["b.mp3"])
+    for batch_id in (first, second):
+        ledger.adopt(world.engine, batch_id, world.job(batch_id, 1), Archive(None, 10_000_000, 1))
+    room = 50_000_000  # each batch is given nearly half of it; for the second, other data has taken a third since
+    mine, other = engine(world), engine(world)
+    answers = in_the_middle(
+        world,
+        mine,
+        "UPDATE batches",
+        lambda: ledger.take(mine, first, "h1", room),
+        lambda: ledger.take(other, second, "h1", room // 3 * 2),
+    )
+    assert [type(answer) for answer in answers] == [Taken, Refused]
 
 
 def test_the_last_two_items_finished_at_once_complete_the_batch(world: World) -> None:
@@ -121,7 +140,7 @@ def test_an_item_finished_and_buried_at_once_is_one_of_them(world: World) -> Non
         world,
         mine,
         "SELECT max(state)",
-        lambda: ledger.bury(mine, a, "bad"),
+        lambda: ledger.bury(mine, a, "h1", "bad"),
         lambda: ledger.finish(other, a, "processed/x/1.opus", result("a")),
     )
     assert [(answer.state, answer.changed) for answer in answers] == [("dead", True), ("dead", False)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from lab_audio.workers import gpu_worker, transfer_sounds
 from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop
 
-from world import MODELS, Idle, World, fake_classify, fake_decode, fake_transcribe, world_client
+from world import MODELS, ROOM, Idle, World, fake_classify, fake_decode, fake_transcribe, world_client
 
 NAMES = ["a.mp3", "b.mp3", "c.mp3"]
 
@@ -51,7 +52,7 @@ def test_poison_is_set_aside_and_its_neighbours_are_done(world: World) -> None:
     world.finish()
     assert world.snags() == []
     found = states(world)
-    assert found["poison.mp3"] == ("dead", 6)
+    assert found["poison.mp3"] == ("dead", 5)
     assert max(found["a.mp3"][1], found["z.mp3"][1]) <= 2
     assert "5 attempts" in world.rows("SELECT reason FROM audio_files WHERE state = 'dead'")[0][0]
 
@@ -199,7 +200,7 @@ def test_a_paused_host_takes_nothing_and_finishes_what_it_has(world: World, ever
 
     job = inbox.claim(0)
     assert job is not None
-    assert not unpack_worker.handle(here, inbox, job, unpack_worker.Encoding(24_000, 1), Stop())
+    assert unpack_worker.handle(here, inbox, job, unpack_worker.Encoding(24_000, 1), Stop())
     slot.release()
     assert world.client.lrange("unpack", 0, -1) == [world.job(second, 3)]
     world.run("gpu")
@@ -212,21 +213,21 @@ def test_a_paused_host_takes_nothing_and_finishes_what_it_has(world: World, ever
 
 def test_unpack_waits_for_a_gpu_worker(world: World) -> None:
     batch_id = world.plant_batch(1, NAMES)
-    ledger.register(world.engine, "h1", "disk")
+    ledger.register(world.engine, "h1", "disk", Path("/data/scratch"))
     ledger.adopt(world.engine, batch_id, "{}", ledger.Archive(None, None, None))
-    refused = ledger.take(world.engine, batch_id, "h1")
+    refused = ledger.take(world.engine, batch_id, "h1", ROOM)
     assert isinstance(refused, ledger.Refused)
     assert refused.job == "head"
     ledger.beat(world.engine, "h1", gpu=True)
-    assert isinstance(ledger.take(world.engine, batch_id, "h1"), ledger.Taken)
+    assert isinstance(ledger.take(world.engine, batch_id, "h1", ROOM), ledger.Taken)
 
 
 def test_two_disks_under_one_name(world: World) -> None:
-    ledger.register(world.engine, "h1", "disk one")
+    ledger.register(world.engine, "h1", "disk one", Path("/data/scratch"))
     ledger.beat(world.engine, "h1", gpu=False)
-    ledger.register(world.engine, "h1", "disk one")
+    ledger.register(world.engine, "h1", "disk one", Path("/data/scratch"))
     with pytest.raises(Fatal, match="LAB_HOST"):
-        ledger.register(world.engine, "h1", "disk two")
+        ledger.register(world.engine, "h1", "disk two", Path("/data/scratch"))
 
 
 def test_a_zombies_upload_of_a_dead_item_goes_again(world: World) -> None:
@@ -237,7 +238,7 @@ def test_a_zombies_upload_of_a_dead_item_goes_again(world: World) -> None:
         upload = gpu_worker.s3_utils.upload_opus
 
         def upload_opus(path: Any, audio_id: int, date: str, **more: Any) -> str:
-            ledger.bury(world.engine, audio_id, "given up elsewhere")
+            ledger.bury(world.engine, audio_id, "h2", "given up elsewhere")
             return upload(path, audio_id, date, **more)
 
         gpu_worker.s3_utils.upload_opus = upload_opus

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -9,12 +10,13 @@ from hypothesis import strategies as st
 
 from lab_audio import ledger, queues
 from lab_audio.contracts import Result, item_of, parse_transcribe_job, parse_unpack_job, processing_list
+from lab_audio.errors import Permanent
 from lab_audio.ledger import Archive, NewItem, Refused
 from lab_audio.workers.unpack_worker import transcribe_jobs
 
-from world import BATCH, World, fake_classify, fake_transcribe
+from world import BATCH, ROOM, World, fake_classify, fake_transcribe
 
-STEPS = ["unpack_step"] * 6 + ["gpu_step"] * 9 + ["kill", "double", "lose_scratch", "tidy", "upload"]
+STEPS = ["unpack_step"] * 6 + ["gpu_step"] * 9 + ["kill", "double", "lose_scratch", "tidy", "upload", "retry"]
 ACTIONS = st.tuples(st.sampled_from(STEPS), st.sampled_from(["h1", "h2"]), st.integers(0, 11))
 ARCHIVE = Archive("0" * 64, 1, None)
 
@@ -31,7 +33,7 @@ class Protocol:
         self.working: dict[str, tuple[str, Any]] = {}
         self.inboxes: dict[tuple[str, str], queues.Inbox] = {}
         for host in ("h1", "h2"):
-            ledger.register(self.world.engine, host, host)
+            ledger.register(self.world.engine, host, host, Path("/data/scratch"))
             ledger.beat(self.world.engine, host, gpu=True)
             self.open("unpack", host)
             self.open("gpu", host)
@@ -82,7 +84,7 @@ class Protocol:
         batch_id = parse_unpack_job(job).batch_id
         batch = self.batches[batch_id]
         granted = batch["state"] == "uploaded" or (batch["state"], batch["host"]) == ("unpacking", host)
-        taken = ledger.take(self.world.engine, batch_id, host)
+        taken = ledger.take(self.world.engine, batch_id, host, ROOM)
         assert isinstance(taken, Refused) is not granted
         if granted:
             assert not isinstance(taken, Refused)
@@ -142,7 +144,7 @@ class Protocol:
         wanted = parse_transcribe_job(job)
         item = ledger.find_item(self.world.engine, wanted.batch_id, wanted.item)
         assert item is not None
-        attempts = ledger.begin(self.world.engine, item.audio_id, host)
+        attempts = ledger.begin(self.world.engine, item.audio_id, host, item.attempts)
         batch = self.batches[item.batch_id]
         pending = self.items[item.batch_id, item.member] == "pending"
         assert (attempts is not None) == (pending and (batch["state"], batch["host"]) == ("ready", host))
@@ -158,7 +160,7 @@ class Protocol:
         inbox, engine = self.inboxes["gpu", host], self.world.engine
         place = (item.batch_id, item.member)
         if ending == "hand back":
-            ledger.hand_back(engine, item.audio_id)
+            ledger.hand_back(engine, item.audio_id, item.attempts)
             inbox.move(job, inbox.source, "head")
             del self.working[host]
             return
@@ -167,7 +169,7 @@ class Protocol:
             settled = ledger.finish(engine, item.audio_id, f"processed/{item.date}/{item.audio_id}.opus", result)
             new = "done"
         else:
-            settled = ledger.bury(engine, item.audio_id, "bad")
+            settled = ledger.bury(engine, item.audio_id, host, "bad")
             new = "dead"
         assert settled.changed == (self.items[place] == "pending")
         if settled.changed:
@@ -213,6 +215,22 @@ class Protocol:
             queues.forget_batch(self.world.client, batch_id)
             ledger.release(self.world.engine, batch_id, host)
             self.batches[batch_id]["host"] = None
+
+    def retry(self, host: str, chance: int) -> None:
+        """An operator has the dead recordings of each batch tried again."""
+        for batch_id, batch in self.batches.items():
+            dead = [place for place, state in self.items.items() if place[0] == batch_id and state == "dead"]
+            ended = (batch["state"], batch["host"]) == ("complete", None)
+            try:
+                count = ledger.retry(self.world.engine, batch_id)
+            except Permanent:
+                assert batch["state"] != "uploaded" and not (ended and dead)
+                continue
+            assert count == len(dead)
+            assert batch["state"] == "uploaded" or (ended and dead)
+            self.items.update(dict.fromkeys(dead, "pending"))
+            batch["state"] = "uploaded"
+            queues.push(self.world.client, "unpack", batch["job"])
 
     def the_ledger_is_the_model(self) -> None:
         found = {b: (state, host) for b, state, host in self.world.rows("SELECT batch_id, state, host FROM batches")}

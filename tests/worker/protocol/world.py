@@ -22,11 +22,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import redis
+import structlog
+from click.testing import Result
 from sqlalchemy import Engine, event, text
+from typer.testing import CliRunner
 
-from lab_audio import config, ledger, queues, s3_utils, scratch
+from lab_audio import config, ledger, log, queues, s3_utils, scratch
+from lab_audio.cli import app
 from lab_audio.contracts import Classification, Transcript, UnpackJob, archive_key
-from lab_audio.media import transcode
+from lab_audio.media import canary, transcode
+from lab_audio.operations import reconcile as reconciling
+from lab_audio.operations import restore as restoring
 from lab_audio.workers import gpu_worker, transfer_sounds, unpack_worker
 from lab_audio.workers import host as host_duties
 from lab_audio.workers.host import open_host, open_inbox, return_leftovers, tidy
@@ -34,6 +40,7 @@ from lab_audio.workers.loop import Stop
 
 POISON = b"poison"
 BATCH = "20260101-000000-{:06x}"
+ROOM = 1 << 30  # bytes of scratch
 MUTANT = Callable[[], None]
 
 
@@ -43,7 +50,7 @@ def fake_encode(mp3: BinaryIO, opus: Path, *, bitrate: int, timeout: float | Non
 
 
 def fake_decode(opus: Path, *, timeout: float | None = None) -> bytes:
-    return opus.read_bytes()
+    return b"canary" if opus == canary.OPUS else opus.read_bytes()
 
 
 def fake_transcribe(samples: bytes) -> Transcript:
@@ -113,6 +120,8 @@ class Idle(Stop):
 
 class World:
     """Directories of one test, and what was planted in them."""
+
+    BATCH = staticmethod(BATCH.format)
 
     def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
         self.directory = directory
@@ -211,9 +220,11 @@ class World:
         if child == 0:
             os.close(read)
             sys.stderr = (self.directory / "worker.log").open("a")
+            log.configure()
             code = 1
             try:
                 transcode.encode, transcode.decode = fake_encode, fake_decode
+                transcode.duration = lambda opus: 1.0
                 host_duties.open_bucket = s3_utils.open_bucket = lambda settings: self.workers_bucket
                 if mutant is not None:
                     mutant()
@@ -230,8 +241,8 @@ class World:
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
             return os.WTERMSIG(status), effects
-        log = self.directory / "worker.log"
-        assert os.WEXITSTATUS(status) == 0, f"{role} failed:\n{log.read_text()[-3000:]}"
+        said = (self.directory / "worker.log").read_text()
+        assert os.WEXITSTATUS(status) == 0, f"{role} failed:\n{said[-3000:]}"
         return None, effects
 
     def finish(
@@ -246,6 +257,18 @@ class World:
                 break
         for host in hosts:
             self.run("unpack", host, mutant=mutant)
+
+    def command(self, *arguments: str, code: int = 0, **settings: str) -> Result:
+        """Run `lab-audio` in this process, by default on h1, to this exit code. The result has stdout and stderr."""
+        where = {"LAB_HOST": "h1", "SCRATCH_ROOT": str(self.scratch("h1")), "RETENTION_DAYS": "7"}
+        result = CliRunner().invoke(app, arguments, env={**self.environment, **where, **settings})
+        structlog.reset_defaults()  # what the command configured writes to a closed file
+        assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+        return result
+
+    def sql(self, statement: str, **values: Any) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(text(statement), values)
 
     def rows(self, query: str) -> list[Any]:
         with self.engine.begin() as connection:
@@ -271,11 +294,10 @@ class World:
         check("classifications", sorted(r[0] for r in self.rows("SELECT audio_id FROM classifications")), done)
         processed = {key for key in self.objects() if key.startswith("processed/")}
         check("objects", processed, {i.s3_opus_path for i in items if i.state == "done"})
-        batches = self.rows("SELECT batch_id, state, host FROM batches")
-        check("batches", {(state, host) for _, state, host in batches}, {("complete", None)} if batches else set())
-        check(
-            "archives", {k for k in self.objects() if k.startswith("archives/")}, {archive_key(b[0]) for b in batches}
-        )
+        batches = self.rows("SELECT batch_id, state, host, archive_gone_at IS NULL FROM batches")
+        check("batches", {(state, host) for _, state, host, _ in batches}, {("complete", None)} if batches else set())
+        archives = {key for key in self.objects() if key.startswith("archives/")}
+        check("archives", archives, {archive_key(batch_id) for batch_id, _, _, kept in batches if kept})
         check("redis", sorted(self.client.keys("*")), [])
         folders = [p.name for p in (self.directory / "scratch").glob("*/*") if not p.name.startswith(".")]
         check("scratch", folders, [])
@@ -337,13 +359,34 @@ def gpu(world: World, host: str, effects: Effects) -> None:
     stop.check()
 
 
+def restore(world: World, host: str, effects: Effects) -> None:
+    reconcile(world, host, effects, restoring.restore)
+
+
+def reconcile(world: World, host: str, effects: Effects, act: Callable[..., Any] | None = None) -> None:
+    engine = ledger.open_ledger(world.load(config.LedgerSettings))
+    client = queues.open_queues(world.load(config.QueueSettings))
+    effects.watch(engine, world.workers_bucket, world.directory)
+    stores = reconciling.Stores(engine, client, world.workers_bucket)
+    if act is None:
+        reconciling.reconcile(stores, 600)
+    else:
+        act(stores)
+
+
 def world_client(world: World) -> redis.Redis:
     """A client whose commands are not effects: made before they are counted, of a class of its own."""
     uncounted = type("Uncounted", (redis.Redis,), {"execute_command": redis.Redis.execute_command})
     return uncounted.from_url(world.environment["REDIS_URL"], decode_responses=True)
 
 
-ROLES: dict[str, Callable[[World, str, Effects], None]] = {"transfer": transfer, "unpack": unpack, "gpu": gpu}
+ROLES: dict[str, Callable[[World, str, Effects], None]] = {
+    "transfer": transfer,
+    "unpack": unpack,
+    "gpu": gpu,
+    "reconcile": reconcile,
+    "restore": restore,
+}
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 20) -> Any:

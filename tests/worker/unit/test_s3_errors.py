@@ -229,9 +229,11 @@ def test_a_store_that_sends_another_length_than_was_asked_for(bucket: Bucket) ->
 class Recorder:
     """A client that takes one PutObject."""
 
-    def put_object(self, **request: Any) -> dict[str, str]:
+    def put_object(self, **request: Any) -> None:
         self.request = request
-        return {"ETag": f'"{hashlib.md5(request["Body"]).hexdigest()}"'}
+
+    def head_object(self, **_: Any) -> dict[str, str]:
+        return {"ETag": f'"{hashlib.md5(self.request["Body"]).hexdigest()}"'}
 
 
 @settings(deadline=None)
@@ -257,6 +259,17 @@ def test_any_member_fits_into_metadata(tmp_path_factory: pytest.TempPathFactory,
 def test_an_etag_that_is_no_md5(tmp_path: Path, bucket: Bucket) -> None:
     (tmp_path / "x.opus").write_bytes(b"sound")
     with Stubber(bucket.client) as store:
-        store.add_response("put_object", {"ETag": '"of another kind"'})
+        store.add_response("put_object", {})
+        store.add_response("head_object", {"ETag": '"of another kind"'})
         with pytest.raises(Retryable, match="SSE-KMS"):
+            s3_utils.upload_opus(tmp_path / "x.opus", 1, "2025-06-22", bucket=bucket)
+
+
+def test_a_put_that_the_store_only_said_it_did(tmp_path: Path, bucket: Bucket) -> None:
+    (tmp_path / "x.opus").write_bytes(b"sound")
+    with Stubber(bucket.client) as store:
+        store.add_response("put_object", {"ETag": f'"{hashlib.md5(b"sound").hexdigest()}"'})
+        store.add_client_error("head_object", "404", http_status_code=404)
+        store.add_response("head_bucket", {})
+        with pytest.raises(Retryable, match="said that it has it"):
             s3_utils.upload_opus(tmp_path / "x.opus", 1, "2025-06-22", bucket=bucket)

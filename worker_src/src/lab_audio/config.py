@@ -156,6 +156,24 @@ class GpuSettings(LedgerSettings, QueueSettings, S3Settings, HostSettings):
     max_attempts: int = Field(5, ge=1, description="Tries of one recording before it is set aside")
 
 
+class StoreSettings(LedgerSettings, QueueSettings, S3Settings):
+    """All three stores."""
+
+
+class ReconcileSettings(StoreSettings):
+    """`lab-audio reconcile`."""
+
+    host_grace_seconds: int = Field(
+        600, ge=60, description="A host that has been silent for so long is lost: other hosts do its batches anew"
+    )
+
+
+class RetentionSettings(StoreSettings, HostSettings):
+    """`lab-audio retention`."""
+
+    retention_days: int = Field(7, ge=1, description="Days that an archive is kept once its batch is complete")
+
+
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)
 
 

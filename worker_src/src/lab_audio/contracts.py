@@ -7,6 +7,7 @@ import json
 import re
 import tarfile
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -75,6 +76,14 @@ class UnpackJob(_Payload):
     s3_key: str
     file_count: int = Field(ge=0, le=2**31 - 1)
     transferred_at: str = Field(max_length=64)
+
+
+def new_unpack_job(batch_id: str, file_count: int) -> str:
+    """The payload of a job made now."""
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return UnpackJob(
+        batch_id=batch_id, s3_key=archive_key(batch_id), file_count=file_count, transferred_at=now
+    ).payload()
 
 
 class TranscribeJob(_Payload):

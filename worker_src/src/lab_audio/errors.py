@@ -13,7 +13,11 @@ class LabAudioError(Exception):
 
 
 class Retryable(LabAudioError):
-    """A store did not answer, or refused for now."""
+    """A store did not answer, or refused for now. `store`: which, so that it is not complained of by each thread."""
+
+    def __init__(self, message: str, store: str = "") -> None:
+        super().__init__(message)
+        self.store = store
 
 
 class Permanent(LabAudioError):

@@ -7,7 +7,6 @@ itself computed, which has to be an MD5 (or, of a multipart upload, the MD5 of i
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
 import io
 import ipaddress
@@ -21,10 +20,11 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -35,29 +35,42 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from lab_audio.config import HostSettings, S3Settings, load
-from lab_audio.contracts import archive_key, check_batch_id, processed_key
+from lab_audio.contracts import BATCH_ID, SourceFile, archive_key, check_batch_id, processed_key
 from lab_audio.errors import ConfigError, Fatal, LabAudioError, NotFound, Permanent, Retryable
-from lab_audio.scratch import batch_dir, cleanup_scratch, prepare
+from lab_audio.scratch import batch_dir, cleanup_scratch, is_full, prepare
 
 __all__ = [
     "ArchiveInfo",
     "ArchiveStream",
     "Bucket",
+    "Origin",
+    "Upload",
+    "abort_upload",
+    "archives",
+    "as_header",
     "asking",
     "check_bucket",
     "cleanup_scratch",
     "delete_archive",
     "delete_opus",
     "download_archive",
+    "download_opus",
     "ensure_bucket",
     "get_s3_client",
     "head_archive",
     "open_archive",
     "open_bucket",
+    "origin",
+    "processed",
+    "processed_dates",
+    "stored_at",
+    "unfinished_uploads",
     "upload_archive",
     "upload_opus",
+    "upload_size",
 ]
 
+STORE = "object store"
 ATTEMPTS = 6
 MIB = 1 << 20
 PART_SIZE = 64 * MIB
@@ -79,13 +92,18 @@ class Bucket:
 
 @dataclass(frozen=True)
 class ArchiveInfo:
-    """What the store says of an archive; `sha256` and `file_count` are None if another client put it."""
+    """What the store says of an archive; `sha256`, `file_count` and `source` are None if another client put it.
+
+    `source_file`: of an archive that lay at the source as it is.
+    """
 
     key: str
     size: int
     sha256: str | None
     file_count: int | None
     etag: str | None = None
+    source: str | None = None
+    source_file: SourceFile | None = None
 
 
 def get_s3_client(settings: S3Settings | None = None, *, attempts: int = ATTEMPTS) -> Any:
@@ -158,12 +176,16 @@ def upload_archive(
     bucket: Bucket | None = None,
     sha256: str | None = None,
     file_count: int | None = None,
+    source: str | None = None,
+    source_file: SourceFile | None = None,
     part_size: int = PART_SIZE,
 ) -> str:
     """Store a batch's tar and return its key; done already if these bytes are there.
 
-    `sha256` is that of the file, computed if not given. Raises Permanent if other bytes are stored under the
-    key; Retryable if the store is away or received other bytes than these (nothing is left of those); Fatal.
+    `sha256` is that of the file, computed if not given. `source` and, of an archive that lay there as it is,
+    `source_file` are kept with it, so that a database restored from an older dump can be brought up to date.
+    Raises Permanent if other bytes are stored under the key; Retryable if the store is away or received other bytes
+    than these (nothing is left of those); Fatal.
     """
     bucket = bucket or open_bucket()
     key = archive_key(batch_id)
@@ -177,6 +199,10 @@ def upload_archive(
     metadata = {"sha256": sha256, "size": str(size)}
     if file_count is not None:
         metadata["file-count"] = str(file_count)
+    if source is not None:
+        metadata["source"] = as_header(source)
+    if source_file is not None:
+        metadata |= {"source-path": as_header(source_file.path), "source-mtime-ns": str(source_file.mtime_ns)}
     with asking(bucket, "Upload", key):
         # boto3 aborts a multipart upload on any exception. Its other transfer client ignores endpoint_url.
         bucket.client.upload_file(
@@ -191,13 +217,14 @@ def upload_archive(
                 preferred_transfer_client="classic",
             ),
         )
-    stored = _head(bucket, key)
+    stored = _head_stored(bucket, key)
     if _etag(stored) != etag or stored["ContentLength"] != size:
         delete_archive(key, bucket=bucket)
         raise Retryable(
             f"Upload {_place(bucket, key)}: the store received other bytes than {local_path} "
             f"(ETag {_etag(stored)}, not {etag}); they were deleted. "
-            "Upload again; if it recurs, look for a bad network or disk"
+            "Upload again; if it recurs, look for a bad network or disk",
+            STORE,
         )
     return key
 
@@ -218,27 +245,41 @@ def download_archive(s3_key: str, batch_id: str, *, bucket: Bucket | None = None
         root = load(HostSettings).scratch_root
         prepare(root)
         dest = batch_dir(root, batch_id) / "archive.tar"
-    info = _info(bucket, s3_key)
-    part = dest.with_name(f"{dest.name}.part")
     try:
         dest.parent.mkdir(mode=0o750, exist_ok=True)
+        _download(bucket, s3_key, dest)
+    except OSError as error:
+        if is_full(error):
+            raise Fatal(f"scratch is full: {dest}: {error.strerror}; make room there") from error
+        raise
+    return dest
+
+
+def download_opus(key: str, dest: Path, *, bucket: Bucket | None = None) -> int:
+    """Fetch a processed recording to `dest` whole, or leave nothing there; its size in bytes.
+
+    Raises NotFound, Permanent if its bytes are not those its metadata names, Retryable, Fatal; OSError.
+    """
+    return _download(bucket or open_bucket(), key, dest)
+
+
+def _download(bucket: Bucket, key: str, dest: Path) -> int:
+    info = _info(bucket, key)
+    part = dest.with_name(f"{dest.name}.part")
+    try:
         with open_archive(info, bucket=bucket) as stream, part.open("wb") as file:
             shutil.copyfileobj(stream, file, MIB)
             file.flush()
             os.fsync(file.fileno())
         if info.sha256 not in (None, stream.sha256()):
             raise Permanent(
-                f"{_place(bucket, s3_key)} has sha256 {stream.sha256()}, but was stored as {info.sha256}: "
-                "it was damaged in the store, or replaced. Transfer the batch again"
+                f"{_place(bucket, key)} has sha256 {stream.sha256()}, but was stored as {info.sha256}: "
+                "it was damaged in the store, or replaced"
             )
         part.replace(dest)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Fatal(f"scratch is full: {part}: {error.strerror}; make room there") from error
-        raise
     finally:
         part.unlink(missing_ok=True)
-    return dest
+    return info.size
 
 
 def open_archive(info: ArchiveInfo, *, bucket: Bucket | None = None, range_size: int = RANGE_SIZE) -> ArchiveStream:
@@ -319,7 +360,8 @@ class ArchiveStream(io.RawIOBase):
                     where = _place(self._bucket, self._info.key)
                     raise Retryable(
                         f"GetObject {where}: {response['ContentLength']} bytes came "
-                        f"for {length} at {start}: the object has changed. Ask again"
+                        f"for {length} at {start}: the object has changed. Ask again",
+                        STORE,
                     )
                 try:
                     return self._read(response["Body"], length)
@@ -370,7 +412,7 @@ def upload_opus(
     if member is not None:
         metadata |= _member_metadata(member)
     with asking(bucket, "PutObject", key):
-        stored = bucket.client.put_object(
+        bucket.client.put_object(
             Bucket=bucket.name,
             Key=key,
             Body=data,
@@ -378,12 +420,106 @@ def upload_opus(
             ContentType="audio/ogg; codecs=opus",
             Metadata=metadata,
         )
+    stored = _head_stored(bucket, key)  # what the store answered to PUT says less than what it has
     if _etag(stored) != md5.hexdigest():
         raise Retryable(
             f"PutObject {_place(bucket, key)}: the store has ETag {_etag(stored)}, not {md5.hexdigest()}. "
-            "Upload again; if it recurs, see that the bucket is not encrypted with SSE-KMS"
+            "Upload again; if it recurs, see that the bucket is not encrypted with SSE-KMS",
+            STORE,
         )
     return key
+
+
+def archives(bucket: Bucket) -> Iterator[str]:
+    """The batch_id of every archive in the store, in order; other objects there are passed over."""
+    for key in _keys(bucket, "archives/"):
+        batch_id = key.removeprefix("archives/").removesuffix(".tar")
+        if BATCH_ID.fullmatch(batch_id) and key == archive_key(batch_id):
+            yield batch_id
+
+
+def processed_dates(bucket: Bucket) -> list[str]:
+    """Each date (YYYY-MM-DD) of which there are processed recordings."""
+    with asking(bucket, "ListObjects"):
+        pages = bucket.client.get_paginator("list_objects_v2").paginate(
+            Bucket=bucket.name, Prefix="processed/", Delimiter="/"
+        )
+        prefixes = [prefix["Prefix"].split("/")[1] for page in pages for prefix in page.get("CommonPrefixes", [])]
+    return sorted(date for date in prefixes if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", date))
+
+
+def processed(bucket: Bucket, date: str) -> dict[int, str]:
+    """The processed recordings of a date: audio_id to key."""
+    found = {}
+    for key in _keys(bucket, f"processed/{date}/"):
+        if match := re.fullmatch(r"processed/[0-9-]{10}/([0-9]{1,18})\.opus", key):
+            found[int(match[1])] = key
+    return found
+
+
+def _keys(bucket: Bucket, prefix: str) -> Iterator[str]:
+    with asking(bucket, "ListObjects"):
+        for page in bucket.client.get_paginator("list_objects_v2").paginate(Bucket=bucket.name, Prefix=prefix):
+            yield from (entry["Key"] for entry in page.get("Contents", []))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a processed recording comes from. `member` is cut where it is long; `member_sha1` is that of the whole."""
+
+    batch_id: str
+    member: str
+    member_sha1: str
+
+
+def origin(bucket: Bucket, key: str) -> Origin | None:
+    """Where a processed recording comes from, as its metadata say; None if another client put it. Raises NotFound."""
+    found = _head(bucket, key)["Metadata"]
+    batch_id, member, sha1 = found.get("batch_id"), from_header(found.get("member")), found.get("member-sha1", "")
+    if not (batch_id and BATCH_ID.fullmatch(batch_id) and member and re.fullmatch(r"[0-9a-f]{40}", sha1)):
+        return None
+    return Origin(batch_id, member, sha1)
+
+
+def stored_at(bucket: Bucket, key: str) -> datetime | None:
+    """When an object was stored, by the store's clock; None if it is not there."""
+    try:
+        at: datetime = _head(bucket, key)["LastModified"]
+    except NotFound:
+        return None
+    return at
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A multipart upload that was not finished; `began` by the store's clock."""
+
+    key: str
+    upload_id: str
+    began: datetime
+
+
+def unfinished_uploads(bucket: Bucket, prefix: str) -> list[Upload]:
+    """Multipart uploads of keys that begin so. Raises Retryable, Fatal."""
+    with asking(bucket, "ListMultipartUploads", prefix):
+        pages = bucket.client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket.name, Prefix=prefix)
+        found = [entry for page in pages for entry in page.get("Uploads", ())]
+    return [Upload(entry["Key"], entry["UploadId"], entry["Initiated"]) for entry in found]
+
+
+def upload_size(bucket: Bucket, upload: Upload) -> int:
+    """Bytes that an unfinished upload takes in the store; 0 if it is not there any more. Raises Retryable, Fatal."""
+    where = {"Bucket": bucket.name, "Key": upload.key, "UploadId": upload.upload_id}
+    with asking(bucket, "ListParts", upload.key), suppress(bucket.client.exceptions.NoSuchUpload):
+        pages = bucket.client.get_paginator("list_parts").paginate(**where)
+        return sum(part["Size"] for page in pages for part in page.get("Parts", ()))
+    return 0
+
+
+def abort_upload(bucket: Bucket, upload: Upload) -> None:
+    """Delete the parts of an unfinished upload; one that is not there is fine. Raises Retryable, Fatal."""
+    with asking(bucket, "AbortMultipartUpload", upload.key), suppress(bucket.client.exceptions.NoSuchUpload):
+        bucket.client.abort_multipart_upload(Bucket=bucket.name, Key=upload.key, UploadId=upload.upload_id)
 
 
 def delete_archive(s3_key: str, *, bucket: Bucket | None = None) -> None:
@@ -465,7 +601,7 @@ def _translate(error: Exception, bucket: Bucket, where: str) -> LabAudioError:
         error, (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError)
     ):
         return Fatal(what)
-    return Retryable(f"{what}; the object store is away, or the way to it is broken")
+    return Retryable(f"{what}; the object store is away, or the way to it is broken", STORE)
 
 
 def _refused(error: aws.ClientError, bucket: Bucket, where: str) -> LabAudioError:
@@ -479,9 +615,9 @@ def _refused(error: aws.ClientError, bucket: Bucket, where: str) -> LabAudioErro
     if code == "NoSuchKey" or (status == 404 and code in ("", "404", "NotFound")):
         return NotFound(f"{what}; the object is not in the store")
     if status in (412, 416):
-        return Retryable(f"{what}; the object has changed meanwhile: ask again")
+        return Retryable(f"{what}; the object has changed meanwhile: ask again", STORE)
     if code in _RETRYABLE_CODES or status in (408, 429) or (status >= 500 and status != 501):
-        return Retryable(f"{what}; try again later")
+        return Retryable(f"{what}; try again later", STORE)
     return Fatal(f"{what}; {_ADVICE_BY_STATUS.get(status, 'the store refuses this request')}")
 
 
@@ -569,12 +705,9 @@ def _is_stored(bucket: Bucket, key: str, size: int, sha256: str, etag: str) -> b
 
 
 def _abort_uploads(bucket: Bucket, key: str) -> None:
-    with asking(bucket, "ListMultipartUploads", key):
-        pages = bucket.client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket.name, Prefix=key)
-        found = [u["UploadId"] for page in pages for u in page.get("Uploads", ()) if u["Key"] == key]
-    for upload_id in found:
-        with asking(bucket, "AbortMultipartUpload", key), suppress(bucket.client.exceptions.NoSuchUpload):
-            bucket.client.abort_multipart_upload(Bucket=bucket.name, Key=key, UploadId=upload_id)
+    for upload in unfinished_uploads(bucket, key):
+        if upload.key == key:
+            abort_upload(bucket, upload)
 
 
 def _head(bucket: Bucket, key: str) -> dict[str, Any]:
@@ -588,8 +721,18 @@ def _head(bucket: Bucket, key: str) -> dict[str, Any]:
         raise
 
 
+def _head_stored(bucket: Bucket, key: str) -> dict[str, Any]:
+    """What the store has of an object that it has just said to have stored."""
+    try:
+        return _head(bucket, key)
+    except NotFound:
+        raise Retryable(f"{_place(bucket, key)}: the store said that it has it, and has it not", STORE) from None
+
+
 def _info(bucket: Bucket, key: str) -> ArchiveInfo:
     found = _head(bucket, key)
+    source, path = from_header(found["Metadata"].get("source")), from_header(found["Metadata"].get("source-path"))
+    mtime_ns = found["Metadata"].get("source-mtime-ns", "")
     sha256 = found["Metadata"].get("sha256", "").lower()
     count = found["Metadata"].get("file-count", "")
     return ArchiveInfo(
@@ -598,6 +741,10 @@ def _info(bucket: Bucket, key: str) -> ArchiveInfo:
         sha256 if re.fullmatch(r"[0-9a-f]{64}", sha256) else None,
         int(count) if re.fullmatch(r"[0-9]{1,9}", count) else None,
         _etag(found),
+        source,
+        SourceFile(path, found["ContentLength"], int(mtime_ns))
+        if path and re.fullmatch(r"-?[0-9]{1,19}", mtime_ns)
+        else None,
     )
 
 
@@ -607,13 +754,22 @@ def _delete(bucket: Bucket, key: str) -> None:
 
 
 def _etag(response: dict[str, Any]) -> str:
-    return str(response["ETag"]).strip('"')
+    return str(response.get("ETag", "")).strip('"')
+
+
+def as_header(text: str) -> str:
+    """Any text as the value of a header; it can be read back if it has at most MAX_METADATA characters."""
+    return quote(text.encode("utf-8", "surrogateescape"), safe="/")
+
+
+def from_header(value: str | None) -> str | None:
+    return None if value is None else unquote_to_bytes(value).decode("utf-8", "surrogateescape")
 
 
 def _member_metadata(member: str) -> dict[str, str]:
     """A member's path as a header can carry it, cut to what Swift keeps, and the hash of the whole."""
+    value = as_header(member)
+    if len(value) > MAX_METADATA:
+        value = re.sub(r"%[0-9A-F]?$", "", value[:MAX_METADATA])
     raw = member.encode("utf-8", "surrogateescape")
-    text = quote(raw, safe="/")
-    if len(text) > MAX_METADATA:
-        text = re.sub(r"%[0-9A-F]?$", "", text[:MAX_METADATA])
-    return {"member": text, "member-sha1": hashlib.sha1(raw, usedforsecurity=False).hexdigest()}
+    return {"member": value, "member-sha1": hashlib.sha1(raw, usedforsecurity=False).hexdigest()}

@@ -7,6 +7,7 @@ SCRATCH_ROOT/{batch_id}/       {item}.opus, {item}.json
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -22,6 +23,9 @@ from lab_audio.contracts import BATCH_ID, check_batch_id
 from lab_audio.errors import Fatal
 
 MAX_SLOTS = 64
+MARGIN_BYTES = 16 << 20
+ITEM_BYTES = 16 << 10  # the last blocks of two files, and what of a result does not grow with the recording
+RESULT_BYTES_PER_SECOND = 512  # words with their times
 
 
 def prepare(root: Path) -> str:
@@ -60,18 +64,71 @@ def cleanup_scratch(batch_id: str, *, root: Path | None = None) -> None:
             raise
 
 
+def fresh_dir(root: Path, batch_id: str) -> Path:
+    """Make a batch's folder, empty. Raises OSError."""
+    cleanup_scratch(batch_id, root=root)
+    folder = batch_dir(root, batch_id)
+    folder.mkdir(mode=0o750)
+    return folder
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there was no room, which passes; other errors of a disk do not."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def capacity(root: Path) -> int:
+    """Bytes that batches may fill: what their folders take now, and what is free but for a margin. Raises OSError."""
+    free = _free(root)
+    used = sum(_allocated(batch_dir(root, batch_id)) for batch_id in batches(root))
+    return used + min(free, _free(root))  # what was removed or written meanwhile counts once at most
+
+
+def _free(root: Path) -> int:
+    disk = os.statvfs(root)
+    return disk.f_bavail * disk.f_frsize - min(MARGIN_BYTES, disk.f_blocks * disk.f_frsize // 20)
+
+
+def _allocated(folder: Path) -> int:
+    total = 0
+    with suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):
+                total += path.lstat().st_blocks * 512
+    return total
+
+
+def room_of(opus_bytes: int, seconds: float) -> int:
+    """Bytes of scratch that a recording takes once it is encoded, with its result."""
+    return opus_bytes + ITEM_BYTES + int(seconds * RESULT_BYTES_PER_SECOND)
+
+
+def estimated_room(archive_bytes: int, recordings: int) -> int:
+    """Bytes of scratch that suffice to unpack an archive, of MP3s of 32 kb/s or more: Opus and results are no larger
+    than these, and large recordings lie there as they are while they are encoded. How many there are may be a lie.
+    """
+    return (1 << 20) + 2 * archive_bytes + ITEM_BYTES * min(recordings, archive_bytes // 1024)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write all of the file or none of it, also when the machine dies."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _open_lock(root: Path, name: str) -> int:
-    return os.open(root / ".locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        return os.open(root / ".locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        raise Fatal(f"SCRATCH_ROOT {root} cannot be used: {error.strerror}") from error
 
 
 @contextmanager

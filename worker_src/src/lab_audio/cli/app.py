@@ -33,3 +33,8 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
+
+
+def plain(value: object) -> str:
+    """A stranger's text on one line of a terminal: control characters, and bytes that are no UTF-8, are written out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich import filesize
+from rich.console import Console
 
-from lab_audio import config, ledger, s3_utils
+from lab_audio import config, ledger, log, queues, s3_utils
 from lab_audio.cli.app import app, run
-from lab_audio.contracts import archive_key, check_batch_id
-from lab_audio.errors import ConfigError
+from lab_audio.contracts import UNPACK, archive_key, check_batch_id
+from lab_audio.errors import ConfigError, Permanent
+from lab_audio.operations import reconcile as reconciling
+from lab_audio.operations import restore as restoring
+from lab_audio.operations import retention as retaining
 
 
 @app.command()
@@ -56,6 +63,127 @@ def set_paused(host: str | None, everywhere: bool, *, paused: bool) -> None:
     run(act)
 
 
+hosts = typer.Typer(name="hosts", help="Hosts that are gone.", no_args_is_help=True)
+app.add_typer(hosts)
+
+
+@hosts.command()
+def forget(host: Annotated[str, typer.Argument(help="Host that will not come back.")]) -> None:
+    """Give a host's batches to the others. What it had finished stays; the rest is done anew.
+
+    A host that lives after all does no harm: it throws away what it had in hand, and takes part again.
+    """
+
+    def act() -> None:
+        settings = config.load(config.ReconcileSettings)
+        log.configure(settings.log_level)
+        stores = open_stores(settings)
+        known = [view.host for view in ledger.seen_hosts(stores.engine)]
+        returned = reconciling.lose_host(stores, host)
+        if host not in known and not returned:
+            raise ConfigError(f"no host is called {host}; known: {', '.join(known) or 'none'}")
+        for _, job in ledger.unqueued(stores.engine, queues.queued_unpack_jobs(stores.client)):
+            queues.push(stores.client, UNPACK, job)
+        typer.echo(f"{host} forgotten; batches to be unpacked anew: {', '.join(returned or []) or 'none'}")
+
+    run(act)
+
+
+@app.command()
+def reconcile(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the comparison of all objects and rows.")] = False,
+    after_restore: Annotated[
+        bool,
+        typer.Option("--after-restore", help="The database is an older dump: learn from the stores what it lacks."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Repair what can be repaired: jobs that Redis lost, batches of lost hosts, archives that nobody knows.
+
+    Reports objects without rows and rows without objects, and ends with 1 if there are any. May run at any time; every
+    minute with --quick is a good habit. A host is lost if it is silent for HOST_GRACE_SECONDS and still so in a second
+    run, 40 s later.
+    """
+
+    def act() -> None:
+        settings = config.load(config.ReconcileSettings)
+        log.configure(settings.log_level)
+        stores = open_stores(settings)
+        ledger.check_migrated(stores.engine)
+        found: dict[str, Any] = {}
+        if after_restore:
+            found |= vars(restoring.restore(stores, dry_run=dry_run))
+        report = reconciling.Report()
+        if not (after_restore and dry_run):  # what it would find is only there then
+            report = reconciling.reconcile(stores, settings.host_grace_seconds, dry_run=dry_run, audit=not quick)
+        found |= {what: found.get(what, []) + which for what, which in vars(report).items()}
+        if as_json:
+            typer.echo(json.dumps(found, indent=2))
+        else:
+            tell(found, dry_run=dry_run)
+        if left := len(report.objects_without_rows) + len(report.rows_without_objects):
+            raise Permanent(f"{left} objects and rows do not fit each other: see the list, and docs/operations.md")
+
+    run(act)
+
+
+def open_stores(settings: config.StoreSettings) -> reconciling.Stores:
+    return reconciling.Stores(
+        ledger.open_ledger(settings), queues.open_queues(settings), s3_utils.open_bucket(settings)
+    )
+
+
+def tell(found: dict[str, Any], *, dry_run: bool) -> None:
+    """Print what is not empty: a line for each, with its first few."""
+    some = {what: which for what, which in found.items() if which}
+    for what, which in some.items():
+        names = [str(which)] if isinstance(which, int) else which
+        more = f" ... and {len(names) - 10} more" if len(names) > 10 else ""
+        count = "" if isinstance(which, int) else f"{len(names)} "
+        typer.echo(f"{count}{what.replace('_', ' ')}: {', '.join(names[:10])}{more}")
+    if dry_run:
+        typer.echo("nothing was changed" if some else "nothing to do")
+    elif not some:
+        typer.echo("all is well")
+
+
+@app.command()
+def retention(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Delete what nobody needs any more. May run at any time, once a day is a good habit.
+
+    Archives of batches that have been complete for RETENTION_DAYS, unless something in them is dead and not dropped;
+    multipart uploads that were begun more than a day ago; and, on a host with scratch, folders of batches that are
+    not this host's.
+    """
+
+    def act() -> None:
+        settings = config.load(config.RetentionSettings)
+        log.configure(settings.log_level)
+        stores = open_stores(settings)
+        ledger.check_migrated(stores.engine)
+        host = retaining.host_here(stores, settings)
+        console = Console(highlight=False, soft_wrap=True)
+        removals = []
+        with nullcontext() if as_json else console.status("looking at archives, uploads and scratch"):
+            for removal in retaining.sweep(stores, host, settings.retention_days, dry_run=dry_run):
+                removals.append(removal)
+                if not as_json:
+                    console.print(f"{removal.kind} {removal.name}, {filesize.decimal(removal.bytes)}", markup=False)
+        total = sum(removal.bytes for removal in removals)
+        if as_json:
+            found = {"dry_run": dry_run, "scratch_here": host is not None, "bytes": total}
+            typer.echo(json.dumps({**found, "removed": [vars(removal) for removal in removals]}, indent=2))
+        else:
+            would = "to be deleted" if dry_run else "deleted"
+            typer.echo(f"{len(removals)} {would}, {filesize.decimal(total)}")
+
+    run(act)
+
+
 @app.command()
 def fetch_archive(
     batch_id: Annotated[str, typer.Argument(help="Batch, e.g. 20250622-143052-a1b2c3.")],
@@ -66,9 +194,11 @@ def fetch_archive(
     def act() -> None:
         check_batch_id(batch_id)
         bucket = s3_utils.open_bucket(config.load(config.S3Settings))
-        path = s3_utils.download_archive(
-            archive_key(batch_id), batch_id, bucket=bucket, dest=dest or Path(f"{batch_id}.tar")
-        )
+        file = dest or Path(f"{batch_id}.tar")
+        try:
+            path = s3_utils.download_archive(archive_key(batch_id), batch_id, bucket=bucket, dest=file)
+        except OSError as error:
+            raise Permanent(f"{file} cannot be written: {error.strerror}") from None
         typer.echo(str(path))
 
     run(act)

@@ -13,9 +13,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from lab_audio import config, ledger, queues
-from lab_audio.cli.app import app, duration, run
+from lab_audio.cli.app import app, duration, plain, run
 
 
 class StatusSettings(config.LedgerSettings, config.QueueSettings):
@@ -71,7 +72,7 @@ def picture(view: dict[str, Any]) -> Group:
             str(total),
         )
         if note:
-            batches.add_row("", f"[yellow]{note}[/]")
+            batches.add_row("", Text(plain(note), style="yellow"))
     hosts = Table("host", "seen", "gpu worker", "", box=None, title="hosts")
     for h in view["hosts"]:
         hosts.add_row(

@@ -13,10 +13,12 @@ from lab_audio import config, log
 from lab_audio.cli.app import app, run
 from lab_audio.workers.loop import Stop
 
-WORKERS: dict[str, type[config.LedgerSettings]] = {
+SETTINGS: dict[str, type[config.LedgerSettings]] = {
     "transfer-worker": config.TransferSettings,
     "unpack-worker": config.UnpackSettings,
     "gpu-worker": config.GpuSettings,
+    "reconcile": config.ReconcileSettings,
+    "retention": config.RetentionSettings,
 }
 
 
@@ -69,12 +71,12 @@ def gpu_worker() -> None:
 
 @app.command()
 def settings(
-    worker: Annotated[str | None, typer.Argument(help=f"Only those of {', '.join(WORKERS)}.")] = None,
+    command: Annotated[str | None, typer.Argument(help=f"Only those of {', '.join(SETTINGS)}.")] = None,
 ) -> None:
     """List every setting, its default and its meaning."""
-    if worker is not None and worker not in WORKERS:
-        raise typer.BadParameter(f"{worker} is not one of {', '.join(WORKERS)}")
+    if command is not None and command not in SETTINGS:
+        raise typer.BadParameter(f"{command} is not one of {', '.join(SETTINGS)}")
     table = Table("setting", "default", "meaning", box=None)
-    for name, default, meaning in config.described([WORKERS[worker]] if worker else list(WORKERS.values())):
+    for name, default, meaning in config.described([SETTINGS[command]] if command else list(SETTINGS.values())):
         table.add_row(name, default, meaning)
     Console().print(table)

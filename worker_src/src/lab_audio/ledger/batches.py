@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, Row, text
 
+from lab_audio.contracts import processed_key
 from lab_audio.ledger.connection import transaction
 from lab_audio.ledger.hosts import EVERYWHERE, SILENT_AFTER
+from lab_audio.scratch import estimated_room
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Taken:
-    """A batch that is this host's to unpack, for the n-th time. `settled`: items that are done or dead."""
+    """A batch that is this host's to unpack, for the n-th time. `settled`: items that are done or dead.
+
+    `quota`: bytes of scratch set aside for it here. `archive_gone`: its archive was deleted on purpose.
+    """
 
     archive: Archive
     settled: frozenset[str]
     attempts: int
+    quota: int
+    flags: list[str]
+    archive_gone: bool
 
 
 @dataclass(frozen=True)
@@ -53,13 +61,17 @@ class Refused:
 
 @dataclass(frozen=True)
 class NewItem:
-    """A member as unpack leaves it: with its length in seconds, or with the reason why it is dead."""
+    """A member as unpack leaves it: with its length in seconds, or with the reason why it is dead.
+
+    `room`: bytes that it takes on scratch, with its result.
+    """
 
     member: str
     item: str
     original_filename: str
     seconds: float | None = None
     reason: str | None = None
+    room: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,11 +83,12 @@ class Publication:
     pending: list[tuple[str, str]]
 
 
-def _locked(
-    connection: Connection, batch_id: str
-) -> Row[tuple[str, str | None, str | None, int | None, int | None]] | None:
+def _locked(connection: Connection, batch_id: str) -> Row[Any] | None:
     return connection.execute(
-        text("SELECT state, host, sha256, size, file_count FROM batches WHERE batch_id = :id FOR UPDATE"),
+        text(
+            "SELECT state, host, sha256, size, file_count, quota, flags, archive_gone_at IS NOT NULL AS archive_gone"
+            " FROM batches WHERE batch_id = :id FOR UPDATE"
+        ),
         {"id": batch_id},
     ).one_or_none()
 
@@ -106,16 +119,20 @@ def adopt(engine: Engine, batch_id: str, job: str, archive: Archive) -> None:
         )
 
 
-def take(engine: Engine, batch_id: str, host: str) -> Taken | Refused:
-    """Make an uploaded batch this host's; one that it was already unpacking is its own still."""
+def take(engine: Engine, batch_id: str, host: str, capacity: int) -> Taken | Refused:
+    """Make an uploaded batch this host's; one that it was already unpacking is its own still.
+
+    `capacity`: bytes that batches may fill of this host's scratch. What they fill is set aside for them as long as
+    they are this host's, and a batch is refused while there is no room for it.
+    """
     with transaction(engine) as connection:
-        paused, gpu = connection.execute(
+        paused, gpu, most_here = connection.execute(
             text(
-                "SELECT paused OR EXISTS (SELECT FROM hosts WHERE host = :all AND paused),"
-                f" coalesce(gpu_seen_at > now() - {SILENT_AFTER}, false)"
-                " FROM hosts WHERE host = :host FOR UPDATE"
+                "UPDATE hosts SET scratch_bytes = greatest(scratch_bytes, :capacity) WHERE host = :host"
+                " RETURNING paused OR EXISTS (SELECT FROM hosts WHERE host = :all AND paused),"
+                f" coalesce(gpu_seen_at > now() - {SILENT_AFTER}, false), scratch_bytes"
             ),
-            {"host": host, "all": EVERYWHERE},
+            {"host": host, "all": EVERYWHERE, "capacity": capacity},
         ).one()
         if paused:
             return Refused(f"{host} is paused", "head")
@@ -127,17 +144,89 @@ def take(engine: Engine, batch_id: str, host: str) -> Taken | Refused:
         if batch.state != "uploaded" and not (batch.state == "unpacking" and batch.host == host):
             why = f"it is {batch.state}" + (f" on {batch.host}" if batch.host else "")
             return Refused(why, "tail" if batch.state == "unpacking" else "drop")
+        quota = batch.quota
+        if quota is None:  # what seems to need more may well do with half of the largest scratch
+            half = (_largest_quota(connection, host) + 1) // 2
+            quota = min(half, estimated_room(batch.size or 0, batch.file_count or 0))
+        room = capacity - _reserved(connection, host, batch_id)
+        if batch.host != host and quota > room:
+            why = f"it needs {quota} bytes of scratch, {max(0, room)} are free for it on {host}"
+            return Refused(why, "head" if quota <= most_here else "tail")
         attempts = connection.execute(
             text(
-                "UPDATE batches SET state = 'unpacking', host = :host, unpacking_at = now(), attempts = attempts + 1"
-                " WHERE batch_id = :id RETURNING attempts"
+                "UPDATE batches SET state = 'unpacking', host = :host, quota = :quota, unpacking_at = now(),"
+                " attempts = attempts + 1 WHERE batch_id = :id RETURNING attempts"
             ),
-            {"id": batch_id, "host": host},
+            {"id": batch_id, "host": host, "quota": quota},
         ).scalar_one()
         settled = connection.execute(
             text("SELECT item FROM audio_files WHERE batch_id = :id AND state <> 'pending'"), {"id": batch_id}
         ).scalars()
-        return Taken(Archive(batch.sha256, batch.size, batch.file_count), frozenset(settled), attempts)
+        archive = Archive(batch.sha256, batch.size, batch.file_count)
+        return Taken(archive, frozenset(settled), attempts, quota, batch.flags, batch.archive_gone)
+
+
+def _reserved(connection: Connection, host: str, batch_id: str) -> int:
+    """Bytes of a host's scratch that are set aside for other batches than this one."""
+    return int(
+        connection.execute(
+            text("SELECT coalesce(sum(quota), 0) FROM batches WHERE host = :host AND batch_id <> :id"),
+            {"id": batch_id, "host": host},
+        ).scalar_one()
+    )
+
+
+def _largest_quota(connection: Connection, host: str) -> int:
+    """Bytes that one batch may be given: nine tenths of the largest scratch, as what else is on that disk may grow."""
+    largest = connection.execute(
+        text("SELECT coalesce(max(scratch_bytes), 0) FROM hosts WHERE host = :host OR seen_at IS NOT NULL"),
+        {"host": host},
+    ).scalar_one()
+    return max(1 << 20, int(largest) * 9 // 10)
+
+
+def return_full(engine: Engine, batch_id: str, host: str, capacity: int) -> str | None:
+    """Give back a batch that found no room on this host's scratch, uncounted; its folder must be gone.
+
+    If its quota fits into `capacity` now, it was not others who had filled the disk: the batch has outgrown its quota
+    and gets a larger one next time; one that had the largest is failed. Returns the reason of that.
+    """
+    with transaction(engine) as connection:
+        batch = _locked(connection, batch_id)
+        if batch is None or batch.state != "unpacking" or batch.host != host:
+            return None
+        quota, largest = batch.quota, _largest_quota(connection, host)
+        if quota <= capacity - _reserved(connection, host, batch_id):
+            if quota >= largest:
+                reason = (
+                    f"larger than scratch: it needs more than {quota} bytes, the most that any host has for a batch"
+                )
+                _fail(connection, batch_id, host, reason)
+                return reason
+            quota = min(2 * quota, largest)
+        connection.execute(
+            text(
+                "UPDATE batches SET state = 'uploaded', host = NULL, quota = :quota, attempts = attempts - 1"
+                " WHERE batch_id = :id"
+            ),
+            {"id": batch_id, "quota": quota},
+        )
+        return None
+
+
+def kept_items(engine: Engine, batch_id: str) -> list[tuple[NewItem, str]]:
+    """Items of a batch without a result, each with the key under which its Opus may be kept."""
+    with transaction(engine) as connection:
+        rows = connection.execute(
+            text(
+                "SELECT audio_id, date::text, member, item, original_filename FROM audio_files"
+                " WHERE batch_id = :id AND state = 'pending' ORDER BY member"
+            ),
+            {"id": batch_id},
+        ).all()
+    return [
+        (NewItem(row.member, row.item, row.original_filename), processed_key(row.date, row.audio_id)) for row in rows
+    ]
 
 
 def seal(
@@ -150,7 +239,7 @@ def seal(
 ) -> str | None:
     """Enter all items of a batch at once. Returns its new state, `ready` or `complete`; None if it is no longer ours.
 
-    Items that are settled stay as they are.
+    Items that are settled stay as they are. From now on no more scratch is set aside than the items take.
     """
     with transaction(engine) as connection:
         batch = _locked(connection, batch_id)
@@ -167,8 +256,9 @@ def seal(
                 " CAST(:seconds AS double precision[]), CAST(:reasons AS text[]))"
                 " AS new (member, item, name, seconds, reason)"
                 " ON CONFLICT (batch_id, member) DO UPDATE"
-                " SET state = excluded.state, reason = excluded.reason, settled_at = excluded.settled_at"
-                " WHERE a.state = 'pending' AND excluded.state = 'dead'"
+                " SET state = excluded.state, reason = coalesce(excluded.reason, a.reason),"
+                " seconds = coalesce(excluded.seconds, a.seconds), settled_at = excluded.settled_at"
+                " WHERE a.state = 'pending'"
             ),
             {
                 "id": batch_id,
@@ -187,7 +277,7 @@ def seal(
         connection.execute(
             text(
                 f"UPDATE batches SET state = :state, ready_at = now(), complete_at = {'NULL' if pending else 'now()'},"
-                " sha256 = :sha256, size = :size, flags = CAST(:flags AS text[]) WHERE batch_id = :id"
+                " sha256 = :sha256, size = :size, flags = CAST(:flags AS text[]), quota = :quota WHERE batch_id = :id"
             ),
             {
                 "id": batch_id,
@@ -195,6 +285,7 @@ def seal(
                 "sha256": archive.sha256,
                 "size": archive.size,
                 "flags": list(flags),
+                "quota": sum(i.room for i in items),
             },
         )
         return state
@@ -203,16 +294,18 @@ def seal(
 def fail(engine: Engine, batch_id: str, host: str, reason: str) -> bool:
     """Give up a batch that this host was unpacking. False if it is no longer ours."""
     with transaction(engine) as connection:
-        return (
-            connection.execute(
-                text(
-                    "UPDATE batches SET state = 'failed', reason = :reason, failed_at = now()"
-                    " WHERE batch_id = :id AND state = 'unpacking' AND host = :host"
-                ),
-                {"id": batch_id, "host": host, "reason": reason},
-            ).rowcount
-            > 0
-        )
+        return _fail(connection, batch_id, host, reason)
+
+
+def _fail(connection: Connection, batch_id: str, host: str, reason: str) -> bool:
+    failed = connection.execute(
+        text(
+            "UPDATE batches SET state = 'failed', reason = :reason, failed_at = now()"
+            " WHERE batch_id = :id AND state = 'unpacking' AND host = :host"
+        ),
+        {"id": batch_id, "host": host, "reason": reason},
+    )
+    return failed.rowcount > 0
 
 
 @contextmanager
@@ -239,7 +332,7 @@ def give_back(engine: Engine, batch_id: str, host: str) -> None:
     with transaction(engine) as connection:
         connection.execute(
             text(
-                "UPDATE batches SET state = 'uploaded', host = NULL"
+                "UPDATE batches SET state = 'uploaded', host = NULL, quota = NULL"
                 " WHERE batch_id = :id AND state IN ('unpacking', 'ready') AND host = :host"
             ),
             {"id": batch_id, "host": host},
@@ -291,31 +384,12 @@ def leaving_batches(engine: Engine, host: str) -> list[str]:
         )
 
 
-def expire_archive(engine: Engine, batch_id: str) -> bool:
-    """Note, before its archive is deleted, that a complete batch is without it. False if it may not be deleted.
-
-    An archive is kept as long as a recording in it is dead, for it may be tried again, and where it was odd.
-    """
-    with transaction(engine) as connection:
-        return (
-            connection.execute(
-                text(
-                    "UPDATE batches SET archive_gone_at = coalesce(archive_gone_at, now())"
-                    " WHERE batch_id = :id AND state = 'complete' AND flags = '{}'"
-                    " AND NOT EXISTS (SELECT FROM audio_files WHERE batch_id = :id AND state = 'dead')"
-                ),
-                {"id": batch_id},
-            ).rowcount
-            > 0
-        )
-
-
 def release(engine: Engine, batch_id: str, host: str) -> None:
     """Note that nothing of an ended batch is left on this host."""
     with transaction(engine) as connection:
         connection.execute(
             text(
-                "UPDATE batches SET host = NULL"
+                "UPDATE batches SET host = NULL, quota = NULL"
                 " WHERE batch_id = :id AND host = :host AND state IN ('complete', 'failed')"
             ),
             {"id": batch_id, "host": host},

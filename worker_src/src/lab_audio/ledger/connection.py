@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import psycopg2
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from psycopg2 import extensions
 from sqlalchemy import Connection, Engine, create_engine, exc, make_url, text
 
 from lab_audio.config import LedgerSettings
@@ -17,18 +21,20 @@ from lab_audio.errors import ConfigError, Fatal, Retryable
 
 # Classes of SQLSTATE that pass: connection, read-only after a failover, rollback, resources, locks, operator.
 AWAY = ("08", "25", "40", "53", "55", "57", "58")
+CONNECT_SECONDS = 10
+ANSWER_SECONDS = 90  # more than statement_timeout, after which a server that lives says so itself
 MISCONFIGURED = ("authentication failed", "no pg_hba.conf entry", "does not exist", "no password supplied")
 
 
 def open_ledger(settings: LedgerSettings) -> Engine:
     """A pool of connections, made when they are needed; dead ones are noticed before use."""
+    extensions.set_wait_callback(_wait)
     url = make_url(settings.database_url.get_secret_value()).set(drivername="postgresql+psycopg2")
     return create_engine(
         url,
         pool_pre_ping=True,
         pool_size=8,
         connect_args={
-            "connect_timeout": 5,
             "keepalives_idle": 15,
             "keepalives_interval": 5,
             "keepalives_count": 3,
@@ -40,6 +46,19 @@ def open_ledger(settings: LedgerSettings) -> Engine:
             " -c tcp_keepalives_idle=15 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3",
         },
     )
+
+
+def _wait(connection: Any) -> None:
+    """psycopg2's wait callback: without it, a server that holds the connection but says nothing is waited for for ever.
+
+    https://www.psycopg.org/docs/extensions.html#psycopg2.extensions.set_wait_callback
+    """
+    seconds = CONNECT_SECONDS if connection.status == extensions.STATUS_SETUP else ANSWER_SECONDS
+    while (state := connection.poll()) != extensions.POLL_OK:
+        ready = select.poll()
+        ready.register(connection.fileno(), select.POLLIN if state == extensions.POLL_READ else select.POLLOUT)
+        if not ready.poll(seconds * 1000):
+            raise psycopg2.OperationalError(f"no answer within {seconds} s")
 
 
 @contextmanager
@@ -55,7 +74,7 @@ def translated(engine: Engine) -> Iterator[None]:
         code = getattr(getattr(error, "orig", None), "pgcode", None)
         if code and code[:2] not in AWAY:
             raise
-        raise Retryable(f"{where}: {cause}") from error
+        raise Retryable(f"{where}: {cause}", "PostgreSQL") from error
     except exc.ProgrammingError as error:
         code = getattr(error.orig, "pgcode", "")
         if code in ("42P01", "42703"):
@@ -84,13 +103,17 @@ def migrate(engine: Engine) -> tuple[str | None, str]:
     Runs in one transaction under an advisory lock, so that two at once do no harm.
     """
     config = _alembic()
-    with transaction(engine) as connection:
-        connection.execute(text("SET LOCAL statement_timeout = 0"))
-        connection.execute(text("SET LOCAL lock_timeout = 0"))
-        connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('lab_audio migrate', 0))"))
-        before = MigrationContext.configure(connection).get_current_revision()
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+    extensions.set_wait_callback(None)  # a migration may take its time
+    try:
+        with transaction(engine) as connection:
+            connection.execute(text("SET LOCAL statement_timeout = 0"))
+            connection.execute(text("SET LOCAL lock_timeout = 0"))
+            connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('lab_audio migrate', 0))"))
+            before = MigrationContext.configure(connection).get_current_revision()
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    finally:
+        extensions.set_wait_callback(_wait)
     return before, str(ScriptDirectory.from_config(config).get_current_head())
 
 

@@ -51,29 +51,32 @@ def find_item(engine: Engine, batch_id: str, item: str) -> Item | None:
     return Item(*row) if row else None
 
 
-def begin(engine: Engine, audio_id: int, host: str) -> int | None:
-    """Count an attempt, just before the models. Returns how many there are now; None if it is not this host's to do."""
+def begin(engine: Engine, audio_id: int, host: str, known: int) -> int | None:
+    """Count an attempt, just before the models. Returns how many there are now; None if it is not this host's to do.
+
+    `known`: how many there were when the item was read. Asked again, after an answer that was lost, it counts once.
+    """
     with transaction(engine) as connection:
         attempts: int | None = connection.execute(
             text(
-                "UPDATE audio_files a SET attempts = a.attempts + 1 FROM batches b"
-                " WHERE a.audio_id = :id AND a.state = 'pending'"
+                "UPDATE audio_files a SET attempts = :known + 1, host = :host FROM batches b"
+                " WHERE a.audio_id = :id AND a.state = 'pending' AND a.attempts IN (:known, :known + 1)"
                 " AND b.batch_id = a.batch_id AND b.host = :host AND b.state = 'ready' RETURNING a.attempts"
             ),
-            {"id": audio_id, "host": host},
+            {"id": audio_id, "host": host, "known": known},
         ).scalar_one_or_none()
         return attempts
 
 
-def hand_back(engine: Engine, audio_id: int) -> None:
-    """Take the last attempt back: the recording was not to blame."""
+def hand_back(engine: Engine, audio_id: int, known: int, reason: str | None = None) -> None:
+    """Take an attempt back, to as many as were known before it; `reason`, if given, is what befell the worker."""
     with transaction(engine) as connection:
         connection.execute(
             text(
-                "UPDATE audio_files SET attempts = attempts - 1"
-                " WHERE audio_id = :id AND state = 'pending' AND attempts > 0"
+                "UPDATE audio_files SET attempts = :known, reason = coalesce(:reason, reason)"
+                " WHERE audio_id = :id AND state = 'pending' AND attempts = :known + 1"
             ),
-            {"id": audio_id},
+            {"id": audio_id, "known": known, "reason": reason},
         )
 
 
@@ -121,16 +124,16 @@ def finish(engine: Engine, audio_id: int, s3_opus_path: str, result: Result) -> 
         return _count(connection, audio_id, batch_id, changed=changed > 0)
 
 
-def bury(engine: Engine, audio_id: int, reason: str) -> Settled:
-    """Set an item aside: pending becomes dead, with the reason. A settled item stays as it is."""
+def bury(engine: Engine, audio_id: int, host: str, reason: str) -> Settled:
+    """Set an item aside: pending becomes dead, with host and reason. A settled item stays as it is."""
     with transaction(engine) as connection:
         batch_id = _lock_batch_of(connection, audio_id)
         changed = connection.execute(
             text(
-                "UPDATE audio_files SET state = 'dead', reason = :reason, settled_at = now()"
+                "UPDATE audio_files SET state = 'dead', host = :host, reason = :reason, settled_at = now()"
                 " WHERE audio_id = :id AND state = 'pending'"
             ),
-            {"id": audio_id, "reason": reason},
+            {"id": audio_id, "host": host, "reason": reason},
         ).rowcount
         return _count(connection, audio_id, batch_id, changed=changed > 0)
 

@@ -58,13 +58,13 @@ def open_batches(engine: Engine) -> list[BatchProgress]:
 
 
 def seen_hosts(engine: Engine) -> list[HostView]:
-    """Every host that ever took part; a pause of all shows on each."""
+    """Every host that takes part; a pause of all shows on each. One that is lost comes back when it beats."""
     with transaction(engine) as connection:
         rows = connection.execute(
             text(
                 "SELECT host, paused OR EXISTS (SELECT FROM hosts WHERE host = :all AND paused),"
                 " extract(epoch FROM now() - seen_at)::float, extract(epoch FROM now() - gpu_seen_at)::float"
-                " FROM hosts WHERE host <> :all ORDER BY host"
+                " FROM hosts WHERE host <> :all AND seen_at IS NOT NULL ORDER BY host"
             ),
             {"all": EVERYWHERE},
         ).all()

@@ -191,10 +191,10 @@ def record_upload(
 
 
 def unqueued(engine: Engine, queued: Collection[str]) -> list[tuple[str, str]]:
-    """(batch_id, job) of uploaded batches whose job is not among those that Redis holds."""
+    """(batch_id, job) of batches that are to be unpacked and whose job is not among those that Redis holds."""
     with transaction(engine) as connection:
         rows = connection.execute(
-            text("SELECT batch_id, job FROM batches WHERE state = 'uploaded' ORDER BY uploaded_at")
+            text("SELECT batch_id, job FROM batches WHERE state IN ('uploaded', 'unpacking') ORDER BY uploaded_at")
         ).all()
     held = set(queued)
     return [(row.batch_id, row.job) for row in rows if row.job not in held]

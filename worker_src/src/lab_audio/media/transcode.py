@@ -6,7 +6,6 @@ gives the same file.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -18,7 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -68,8 +66,8 @@ def ffmpeg_command() -> str:
 def encode(mp3: BinaryIO, opus: Path, *, bitrate: int, timeout: float | None = None) -> Encoded:
     """Encode an MP3, read to its end, at `bitrate` bits per second; `opus` appears whole or not at all.
 
-    Raises Permanent if there is no audio in it or `timeout` seconds do not do; Fatal if scratch is full or
-    ffmpeg is missing; and what reading `mp3` raises.
+    Raises Permanent if there is no audio in it or `timeout` seconds do not do; Fatal if ffmpeg is missing; OSError if
+    `opus` cannot be written; and what reading `mp3` raises.
     """
     argv = [ffmpeg_command(), *_QUIET]
     argv += ["-protocol_whitelist", "pipe", "-f", "mp3", "-i", "pipe:0"]
@@ -94,16 +92,18 @@ def encode(mp3: BinaryIO, opus: Path, *, bitrate: int, timeout: float | None = N
 
             def keep(block: bytes) -> None:
                 nonlocal size
-                _write(file, block)
+                left = memoryview(block)
+                while left:
+                    left = left[file.write(left) :]
                 digest.update(block)
                 size += len(block)
 
             _run(argv, mp3, keep, timeout)
-            _on_disk(part, lambda: os.fsync(file.fileno()))
+            os.fsync(file.fileno())
         seconds = duration(part) if size else 0.0
         if not seconds:
             raise Permanent("there is no sound in it")
-        _on_disk(part, lambda: part.replace(opus))
+        part.replace(opus)
     finally:
         part.unlink(missing_ok=True)
     return Encoded(seconds, digest.hexdigest(), size)
@@ -243,21 +243,6 @@ def _pump(
                     ready.unregister(key.fileobj)
                     outputs.discard(key.fileobj)
     return words
-
-
-def _write(file: Any, block: bytes) -> None:
-    left = memoryview(block)
-    while left:
-        left = left[_on_disk(Path(file.name), partial(file.write, left)) :]
-
-
-def _on_disk(path: Path, do: Callable[[], Any]) -> Any:
-    try:
-        return do()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Fatal(f"scratch is full: {path}: {error.strerror}; make room there") from error
-        raise
 
 
 def _last_words(words: bytes) -> str:

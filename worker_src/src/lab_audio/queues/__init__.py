@@ -14,6 +14,7 @@ from redis.retry import Retry
 
 from lab_audio.config import QueueSettings
 from lab_audio.contracts import (
+    BATCH_ID,
     DEAD,
     TRANSCRIBE,
     UNPACK,
@@ -49,7 +50,7 @@ def _translated(client: redis.Redis) -> Iterator[None]:
     except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
         raise ConfigError(f"REDIS_URL: {_where(client)} refused: {error}") from None
     except redis.RedisError as error:
-        raise Retryable(f"{_where(client)}: {error}") from error
+        raise Retryable(f"{_where(client)}: {error}", "Redis") from error
 
 
 def _where(client: redis.Redis) -> str:
@@ -176,6 +177,54 @@ def forget_batch(client: redis.Redis, batch_id: str) -> None:
         client.delete(*(batch_key(batch_id, field) for field in BATCH_FIELDS))
 
 
+def forget_host(client: redis.Redis, host: str) -> None:
+    """Delete a lost host's transcribe jobs, and put what it had claimed of `unpack` and `transcribe` back there."""
+    with _translated(client):
+        for kind, to in (("unpack", UNPACK), ("route", TRANSCRIBE)):
+            for slot in range(MAX_SLOTS):
+                put_back(client, host, kind, slot, to)
+        client.delete(transcribe_list(host), *(processing_list(host, "gpu", slot) for slot in range(MAX_SLOTS)))
+
+
+def named_hosts(client: redis.Redis) -> set[str]:
+    """Hosts that have a list."""
+    with _translated(client):
+        names = [str(name) for name in client.scan_iter(match=f"{TRANSCRIBE}:*", count=1000)]
+        names += [str(name) for name in client.scan_iter(match="processing:*", count=1000)]
+    return {name.split(":")[1] for name in names}
+
+
+def named_batches(client: redis.Redis) -> set[str]:
+    """Batches that have keys."""
+    with _translated(client):
+        found = (str(name).split(":") for name in client.scan_iter(match="batch:*:*", count=1000))
+        return {parts[1] for parts in found if BATCH_ID.fullmatch(parts[1])}
+
+
+def is_published(client: redis.Redis, batch_id: str) -> bool:
+    """Whether Redis has been told of a batch."""
+    with _translated(client):
+        return bool(client.exists(batch_key(batch_id, "total")))
+
+
+def transcribe_jobs_of(client: redis.Redis, host: str) -> set[str]:
+    """Every transcribe job of a host that waits or is in flight."""
+    with _translated(client):
+        pipeline = client.pipeline(transaction=True)  # a job may be moving from one list to the other
+        for name in (transcribe_list(host), *(processing_list(host, "gpu", slot) for slot in range(MAX_SLOTS))):
+            pipeline.lrange(name, 0, -1)
+        return {str(job) for jobs in pipeline.execute() for job in jobs}
+
+
+def forget_everything(client: redis.Redis) -> None:
+    """Delete every key of ours but `dead`: the ledger knows it all."""
+    with _translated(client):
+        names = [UNPACK, TRANSCRIBE]
+        for pattern in (f"{TRANSCRIBE}:*", "processing:*", "batch:*"):
+            names += client.scan_iter(match=pattern, count=1000)
+        client.delete(*names)
+
+
 def queued_unpack_jobs(client: redis.Redis) -> list[str]:
     """Every unpack job that waits or is being worked on, on any host."""
     with _translated(client):
@@ -201,6 +250,23 @@ def put_back(client: redis.Redis, host: str, kind: str, slot: int, to: str) -> i
         while client.lmove(processing_list(host, kind, slot), to, "RIGHT", "LEFT"):
             moved += 1
     return moved
+
+
+def dead_payloads(client: redis.Redis) -> list[str]:
+    """Payloads that were set aside, oldest first, each once."""
+    with _translated(client):
+        return [str(payload) for payload in dict.fromkeys(client.lrange(DEAD, 0, -1))]
+
+
+def revive(client: redis.Redis, payload: str, to: str) -> bool:
+    """Move a payload that was set aside to a list. False if it is not there any more."""
+    return _run(client, "move", [DEAD, to], [payload, "tail"]) == 1
+
+
+def discard(client: redis.Redis, payload: str) -> None:
+    """Forget a payload that was set aside."""
+    with _translated(client):
+        client.lrem(DEAD, 0, payload)
 
 
 def depths(client: redis.Redis) -> dict[str, int]:

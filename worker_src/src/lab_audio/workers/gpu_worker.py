@@ -17,8 +17,9 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,7 +31,6 @@ from lab_audio import ledger, log, queues, s3_utils, scratch
 from lab_audio.config import GpuSettings
 from lab_audio.contracts import (
     TRANSCRIBE,
-    Classification,
     Result,
     Transcript,
     opus_path,
@@ -46,6 +46,7 @@ from lab_audio.workers.host import (
     Host,
     attend,
     beat,
+    delete_dead_object,
     drop_stale,
     open_host,
     open_inbox,
@@ -53,61 +54,62 @@ from lab_audio.workers.host import (
     tidy_batch,
 )
 from lab_audio.workers.loop import Stop, Stopped, exit_code, in_background, patiently
+from lab_audio.workers.recognition import Models, load_models, prove, watchdog
 
 IDLE_SECONDS = 2
 WATCH_SECONDS = 1.0
 STEADY_SECONDS = 600.0
+TURNED_SICK = "its worker turned sick"
 PR_SET_PDEATHSIG = 1
 RESULT: TypeAdapter[Result] = TypeAdapter(Result)
 
 
-@dataclass(frozen=True)
-class Models:
-    """The models as functions: samples (float32, mono, 16 kHz) to transcript; transcripts' texts to verdicts."""
-
-    transcribe: Callable[[Any], Transcript]
-    classify: Callable[[Sequence[str]], list[list[Classification]]]
-
-
-def load_models(settings: GpuSettings, device: str) -> Models:
-    """Load both models onto a device. Raises ConfigError if their directories are not as they should be."""
-    from lab_audio.models.classifier import Classifier, load_policies
-    from lab_audio.models.transcriber import Transcriber
-
-    policies = load_policies(settings.policies_dir)
-    transcriber = Transcriber(
-        settings.models_root,
-        device,
-        language=settings.whisper_language,
-        batch_size=settings.whisper_batch,
-        align=settings.align,
-    )
-    classifier = Classifier(settings.models_root, device)
-    classifier.prepare(policies)
-    return Models(transcriber.transcribe, lambda texts: classifier.classify(texts, policies))
-
-
 @dataclass
 class Work:
-    """A claimed job on its way through the process. `samples` until it went through the models, `result` after.
+    """A claimed job on its way through the process: `samples` until the models heard it, then `result` or `failure`.
 
-    `blamed`: the attempt was the recording's own and stays counted.
+    `begun`: an attempt was counted for it here. `refused`: what failed will fail again.
     """
 
     job: str
     item: Item
     opus: Path
+    begun: bool = False
     samples: Any = None
     result: Result | None = None
-    blamed: bool = False
+    failure: str | None = None
+    refused: bool = False
 
     @property
     def result_path(self) -> Path:
         return self.opus.with_suffix(".json")
 
+    @property
+    def tried(self) -> bool:
+        """Whether something went wrong before, in it or while it was in hand."""
+        return self.item.attempts > 0 or self.item.reason is not None
+
+    def went_wrong(self, error: Exception) -> None:
+        """Note what failed, as text: the error itself would keep memory of the models from being used again."""
+        self.refused = isinstance(error, Permanent)
+        self.failure = plain(str(error) if self.refused else f"{type(error).__name__}: {error}")
+        if not self.refused:
+            log.get_logger().error("went wrong", audio_id=self.item.audio_id, exc_info=error)
+
+
+def plain(text: str) -> str:
+    """Text as a reason for the ledger, which takes no NUL and nothing that is not UTF-8; 500 characters at most."""
+    return "".join(c if c.isprintable() else " " for c in text[:500])
+
 
 class Slot:
-    """One process's work. `run` returns when asked to stop, with everything finished or handed back."""
+    """One process's work. `run` returns when asked to stop, with everything finished or handed back.
+
+    ahead     claimed and being prepared
+    hand      with the models
+    suspects  went wrong: the recording or this worker is bad. Nothing is blamed on it before the canary came through
+    behind    results on their way home
+    """
 
     def __init__(self, host: Host, inbox: queues.Inbox, models: Models, settings: GpuSettings, stop: Stop) -> None:
         self.host = host
@@ -118,19 +120,28 @@ class Slot:
         self.decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self.uploaders = ThreadPoolExecutor(settings.upload_threads, thread_name_prefix="upload")
         self.ahead: deque[tuple[str, Future[Work | None]]] = deque()
+        self.hand: list[Work] = []
+        self.suspects: deque[Work] = deque()
         self.behind: deque[Future[None]] = deque()
-        self.unfinished: list[str] = []
+        self.sickness: str | None = None
+        self.full = False
 
     def run(self) -> None:
         try:
             while not self.stop():
                 self._fill()
-                group = self._next_group()
-                if group:
-                    self._recognise(group)
+                self._take_in_hand()
+                self._recognise()
+                self._judge()
+                self._send_results()
                 self._reap(4 * self.settings.upload_threads)
         except Stopped:
             pass
+        except LabAudioError:
+            raise
+        except Exception as error:  # unforeseen: what was in hand may have done it
+            self.sickness = f"{type(error).__name__}: {error}"
+            raise
         finally:
             self._leave()
 
@@ -185,122 +196,146 @@ class Slot:
             raise Fatal(f"{error}; is this host short of memory?") from error
         except OSError as error:
             raise Fatal(f"SCRATCH_ROOT {host.scratch}: {error}") from error
-        except Permanent as error:
-            self._bury(work, str(error))
-            return None
+        except Fatal:
+            raise
+        except Exception as error:
+            work.went_wrong(error)
         return work
 
-    def _next_group(self) -> list[Work]:
-        """What is ready for the models, in order; a recording that was tried before goes alone."""
-        group: list[Work] = []
-        while self.ahead and len(group) < self.settings.classify_batch:
+    def _take_in_hand(self) -> None:
+        """Take what is ready for the models, in order; a recording that was tried before goes alone."""
+        while self.ahead and len(self.hand) < self.settings.classify_batch:
             _, future = self.ahead[0]
-            if group and not future.done():
-                break
+            if self.hand and not future.done():
+                return
             work = future.result()
-            tried = work is not None and work.result is None and work.item.attempts > 0
-            if group and tried:
-                break
+            if self.hand and work and work.samples is not None and work.tried:
+                return
             self.ahead.popleft()
-            if work is not None and work.result is not None:
+            if work is None:
+                continue
+            if work.failure:
+                self.suspects.append(work)
+            elif work.result:
                 self._send(work)
-            elif work is not None:
-                group.append(work)
-            if tried:
-                break
-        return group
+            else:
+                self.hand.append(work)
+                if work.tried:
+                    return
 
-    def _recognise(self, group: list[Work]) -> None:
-        """BEGIN each of a group, run the models over it, keep the results on disk and send them off."""
-        if group[0].item.attempts:
+    def _recognise(self) -> None:
+        """BEGIN each recording in hand and give it to the models; what fails is suspect."""
+        if self.hand and self.hand[0].tried:
             self._reap(0)  # alone in the process, so that a recording that kills it blames no other
-        begun: list[Work] = []
-        try:
-            for work in group:
-                if self._begin(work):
-                    begun.append(work)
-            self._transcribe_and_classify(begun)
-        except (Fatal, Stopped) as error:
-            self._hand_back(begun)
-            self.unfinished = [work.job for work in group if work.result is None and not work.blamed]
-            raise error
-        for work in begun:
-            if work.result is not None:
-                self._send(work)
+        self.hand = [work for work in self.hand if self._begin(work)]
+        with self._noting_sickness():
+            self._ask_models()
+        self.suspects.extend(work for work in self.hand if work.failure)
+        self.hand = [work for work in self.hand if not work.failure]
 
     def _begin(self, work: Work) -> bool:
-        attempts = patiently(self.stop, ledger.begin, self.host.engine, work.item.audio_id, self.host.name)
-        if attempts is None:
-            patiently(self.stop, drop_stale, self.host, self.inbox, work.job, work.item.batch_id)
+        """Count an attempt; one too many buries the recording instead."""
+        known, most = work.item.attempts, self.settings.max_attempts
+        if known >= most:
+            self._bury(work, f"given up after {most} attempts: {work.item.reason or 'its worker died each time'}")
             return False
-        if attempts > self.settings.max_attempts:
-            last = work.item.reason or "its worker died each time"
-            self._bury(work, f"given up after {self.settings.max_attempts} attempts: {last}")
+        work.begun = True
+        if patiently(self.stop, ledger.begin, self.host.engine, work.item.audio_id, self.host.name, known) is None:
+            patiently(self.stop, drop_stale, self.host, self.inbox, work.job, work.item.batch_id)
             return False
         return True
 
-    def _transcribe_and_classify(self, begun: list[Work]) -> None:
-        transcripts: list[tuple[Work, Transcript]] = []
-        for work in begun:
+    def _ask_models(self) -> None:
+        """Give each recording in hand its result, or its failure. Raises Fatal if the models are sick."""
+        samples = sum(len(work.samples) for work in self.hand)
+        spoken: list[tuple[Work, Transcript]] = []
+        for work in self.hand:
             try:
-                transcripts.append((work, self.models.transcribe(work.samples)))
+                with watchdog(len(work.samples)):
+                    transcript = self.models.transcribe(work.samples)
+                if transcript.speech:
+                    spoken.append((work, transcript))
+                else:
+                    work.result = Result(transcript, [])
+            except Fatal as error:
+                work.failure = str(error)
+                raise
             except Exception as error:
-                self._went_wrong(work, error)
+                work.went_wrong(error)
             work.samples = None
-        spoken = [(work, transcript) for work, transcript in transcripts if transcript.speech]
+        if not spoken:
+            return
         try:
-            verdicts = self.models.classify([transcript.text for _, transcript in spoken]) if spoken else []
+            with watchdog(samples):
+                verdicts = self.models.classify([transcript.text for _, transcript in spoken])
+            for (work, transcript), verdict in zip(spoken, verdicts, strict=True):
+                work.result = Result(transcript, verdict)
+        except Fatal:
+            raise
         except Exception as error:
             for work, _ in spoken:
-                self._went_wrong(work, error)
-            verdicts, spoken = [], []
-            transcripts = [(work, transcript) for work, transcript in transcripts if not transcript.speech]
-        of_work = {work.job: verdict for (work, _), verdict in zip(spoken, verdicts, strict=True)}
-        for work, transcript in transcripts:
-            result = Result(transcript, of_work.get(work.job, []))
-            try:
-                scratch.write_atomic(work.result_path, json.dumps(asdict(result)).encode())
-            except FileNotFoundError:
-                pass  # the batch was taken away meanwhile; its result counts all the same
-            except OSError as error:
-                raise Fatal(f"SCRATCH_ROOT {self.host.scratch}: {error}") from error
-            work.result = result
+                work.went_wrong(error)
 
-    def _went_wrong(self, work: Work, error: Exception) -> None:
-        """A recording that the models refuse is set aside; after an unknown error it goes to the list's tail."""
-        if isinstance(error, Permanent):
-            work.blamed = True
-            self._bury(work, str(error))
-        elif isinstance(error, LabAudioError):
-            raise error
-        else:
-            work.blamed = True
-            log.get_logger().error("went wrong", audio_id=work.item.audio_id, exc_info=error)
-            reason = f"{type(error).__name__}: {error}"[:500]
-            patiently(self.stop, ledger.note_error, self.host.engine, work.item.audio_id, reason)
+    def _judge(self) -> None:
+        """Blame what went wrong on the recordings, once the canary has come through the same ffmpeg and models."""
+        proven = len(self.suspects)  # a thread may add others meanwhile
+        if proven:
+            with self._noting_sickness():
+                prove(self.models)
+        for _ in range(proven):
+            self._blame(self.suspects[0])
+            self.suspects.popleft()
+
+    def _blame(self, work: Work) -> None:
+        """A recording that is refused is set aside; after an unknown error it goes to the list's tail, counted."""
+        assert work.failure is not None
+        if work.refused:
+            self._bury(work, work.failure)
+        elif work.begun or self._begin(work):
+            patiently(self.stop, ledger.note_error, self.host.engine, work.item.audio_id, work.failure)
             patiently(self.stop, self.inbox.move, work.job, self.inbox.source)
 
-    def _hand_back(self, begun: list[Work]) -> None:
-        """Take the attempt of unfinished work back, as far as the ledger answers."""
+    @contextmanager
+    def _noting_sickness(self) -> Iterator[None]:
         try:
-            for work in begun:
-                if work.result is None and not work.blamed:
-                    ledger.hand_back(self.host.engine, work.item.audio_id)
-        except LabAudioError as error:
-            log.get_logger().warning("attempts stay counted", error=str(error))
+            yield
+        except Fatal as error:
+            self.sickness = str(error)
+            raise
+
+    def _send_results(self) -> None:
+        """Keep the results in hand on scratch and send them off."""
+        while self.hand:
+            self._keep(self.hand[0])
+            self._send(self.hand.pop(0))
+
+    def _keep(self, work: Work) -> None:
+        """Write a result to scratch: if this process dies, it is only sent. While that is full, memory must do."""
+        assert work.result is not None
+        try:
+            scratch.write_atomic(work.result_path, json.dumps(asdict(work.result)).encode())
+        except FileNotFoundError:
+            pass  # the batch was taken away meanwhile; its result counts all the same
+        except OSError as error:
+            if not scratch.is_full(error):
+                raise Fatal(f"SCRATCH_ROOT {self.host.scratch}: {error}") from error
+            if not self.full:
+                log.get_logger().warning("scratch is full: results are sent from memory", error=str(error))
+            self.full = True
 
     def _send(self, work: Work) -> None:
         self.behind.append(self.uploaders.submit(self._settle, work))
 
     def _settle(self, work: Work) -> None:
-        """Bring a result home. After an unknown error it is forgotten, and the recording is tried again, counted."""
+        """Bring a result home. After an unknown error it is forgotten, and the recording is suspect."""
         try:
             self._bring_home(work)
         except (Fatal, Stopped):
             raise
         except Exception as error:
             work.result_path.unlink(missing_ok=True)
-            self._went_wrong(work, error)
+            work.went_wrong(error)
+            self.suspects.append(work)
 
     def _bring_home(self, work: Work) -> None:
         """Upload the Opus, FINISH, ACK, and tidy if that was the batch's last."""
@@ -323,16 +358,17 @@ class Slot:
             return
         settled = patiently(self.stop, ledger.finish, host.engine, item.audio_id, key, work.result)
         if settled.state == "dead":
-            patiently(self.stop, s3_utils.delete_opus, key, bucket=host.bucket)
+            patiently(self.stop, delete_dead_object, host.engine, host.bucket, item.audio_id, key)
         self._ack(work, settled)
         log.get_logger().info("recording done", audio_id=item.audio_id, batch_id=item.batch_id, member=item.member)
 
     def _bury(self, work: Work, reason: str) -> None:
         """BURY an item, then delete an object that an earlier attempt may have put."""
         item, host = work.item, self.host
-        settled = patiently(self.stop, ledger.bury, host.engine, item.audio_id, reason)
+        settled = patiently(self.stop, ledger.bury, host.engine, item.audio_id, host.name, reason)
         if settled.state == "dead":
-            patiently(self.stop, s3_utils.delete_opus, processed_key(item.date, item.audio_id), bucket=host.bucket)
+            key = processed_key(item.date, item.audio_id)
+            patiently(self.stop, delete_dead_object, host.engine, host.bucket, item.audio_id, key)
         self._ack(work, settled)
         log.get_logger().error("recording set aside", audio_id=item.audio_id, batch_id=item.batch_id, reason=reason)
 
@@ -349,16 +385,21 @@ class Slot:
             self.behind.popleft().result()
 
     def _leave(self) -> None:
-        """Finish uploads, and put what did not go through the models back to the head of the list, in order."""
+        """Finish uploads; what did not come through goes uncounted back to the head of the list, in order."""
         self.stop.event.set()  # also where an error ends the slot: no thread waits for a store any longer
         self.decoders.shutdown(wait=True, cancel_futures=True)
         self.uploaders.shutdown(wait=True)
         failures = [future.exception() for future in self.behind]
+        left = [*self.suspects, *self.hand]
         prepared = [
             job for job, future in self.ahead if future.cancelled() or future.exception() or future.result() is not None
         ]
         try:
-            for job in reversed([*self.unfinished, *prepared]):
+            self._hand_back(left)
+        except LabAudioError as error:
+            log.get_logger().warning("attempts stay counted", error=str(error))
+        try:
+            for job in reversed([*(work.job for work in left), *prepared]):
                 self.inbox.move(job, self.inbox.source, "head")
         except LabAudioError as error:
             log.get_logger().warning("jobs stay in the slot's list", error=str(error))
@@ -366,10 +407,24 @@ class Slot:
             if failure is not None and not isinstance(failure, Stopped):
                 raise failure
 
+    def _hand_back(self, left: Sequence[Work]) -> None:
+        """Take attempts back. Where the worker turned sick, the first that failed is noted, and goes alone next time.
+
+        If the worker turns sick over it again, then it may be the recording that does it: that attempt stays counted.
+        """
+        begun = [work for work in left if work.begun]
+        first = next((work for work in begun if work.failure), begun[0] if begun else None)
+        for work in begun:
+            note = plain(f"{TURNED_SICK}: {self.sickness}") if self.sickness and work is first else None
+            again = note is not None and (work.item.reason or "").startswith(TURNED_SICK)
+            if not again:
+                ledger.hand_back(self.host.engine, work.item.audio_id, work.item.attempts, note)
+
 
 def work_slot(settings: GpuSettings, models: Callable[[], Models], stop: Stop) -> None:
-    """Serve this host's transcribe list in this process until asked to stop."""
+    """Serve this host's transcribe list in this process until asked to stop. Raises Fatal if the canary fails first."""
     loaded = models()
+    prove(loaded)
     stop.on_signals()  # until here SIGTERM just ends the process
     host = open_host(settings, stop)
     slot, inbox = open_inbox(host, "gpu")
@@ -454,7 +509,10 @@ def supervise(settings: GpuSettings, devices: Sequence[str], stop: Stop) -> None
                     deaths[place] = 1 if lived > STEADY_SECONDS else deaths[place] + 1
                     pause = min(60.0, 2.0 ** min(deaths[place] - 1, 6) - 1)
                     due[place], children[place] = now + pause, None
-                    log.get_logger().error("GPU process died", device=device, exit_code=child.exitcode, pause=pause)
+                    why = cause_of_death(child.exitcode or 0)
+                    log.get_logger().error(
+                        "GPU process died", device=device, why=why, exit_code=child.exitcode, pause=pause
+                    )
                 elif child is None and now >= due[place]:
                     due[place] = now
                     child = context.Process(target=_child, args=(settings, device, os.getpid()), name=f"gpu {device}")
@@ -468,6 +526,17 @@ def supervise(settings: GpuSettings, devices: Sequence[str], stop: Stop) -> None
             child.terminate()
         for child in alive:
             child.join()
+
+
+def cause_of_death(exit_code: int) -> str:
+    """What the exit code of a GPU process says, and where to look."""
+    if exit_code < 0:
+        return f"killed by {signal.Signals(-exit_code).name}"
+    if exit_code == 0:
+        return "asked to end from outside"
+    if exit_code == Fatal.exit_code:
+        return "it could not work; its message stands above"
+    return "a call of the models hung (Timeout), or an unforeseen error; the traceback stands above"
 
 
 def _child(settings: GpuSettings, device: str, parent: int) -> None:

@@ -15,7 +15,7 @@ from lab_audio.contracts import TRANSCRIBE, UNPACK, archive_key, processing_list
 from lab_audio.errors import Fatal
 from lab_audio.ledger.hosts import BEAT_SECONDS
 from lab_audio.log import get_logger
-from lab_audio.s3_utils import Bucket, delete_archive, open_bucket
+from lab_audio.s3_utils import Bucket, delete_archive, delete_opus, open_bucket
 from lab_audio.workers.loop import Stop, in_background, patiently
 
 TIDY_SECONDS = 60
@@ -48,7 +48,11 @@ def open_host(settings: UnpackSettings | GpuSettings, stop: Stop) -> Host:
         settings.archive_after_batch,
     )
     patiently(stop, ledger.check_migrated, host.engine)
-    patiently(stop, ledger.register, host.engine, host.name, scratch.prepare(host.scratch))
+    disk = scratch.prepare(host.scratch)
+    lost = patiently(stop, ledger.register, host.engine, host.name, disk, host.scratch)
+    for batch_id in lost:
+        get_logger().warning("batch returned: the disk it was on is gone", batch_id=batch_id)
+        patiently(stop, queue_waiting, host.engine, host.client, batch_id)
     return host
 
 
@@ -101,11 +105,14 @@ def return_leftovers(host: Host, kind: str) -> None:
 
 def tidy(host: Host) -> None:
     """TIDY: remove every folder that the ledger does not give this host, and let go of batches that ended here."""
-    held = ledger.held_batches(host.engine, host.name)
-    leaving = ledger.leaving_batches(host.engine, host.name)
-    strays = [batch_id for batch_id in scratch.batches(host.scratch) if batch_id not in held]
-    for batch_id in sorted({*leaving, *strays}):
+    for batch_id in sorted({*ledger.leaving_batches(host.engine, host.name), *strays(host)}):
         tidy_batch(host, batch_id)
+
+
+def strays(host: Host) -> list[str]:
+    """Batches whose folder the ledger does not give this host."""
+    held = ledger.held_batches(host.engine, host.name)
+    return [batch_id for batch_id in scratch.batches(host.scratch) if batch_id not in held]
 
 
 def tidy_batch(host: Host, batch_id: str) -> None:
@@ -138,9 +145,21 @@ def return_batch(host: Host, batch_id: str) -> None:
             scratch.cleanup_scratch(batch_id, root=host.scratch)
             ledger.give_back(host.engine, batch_id, host.name)
             get_logger().warning("batch returned: its scratch was lost", batch_id=batch_id)
-        job = ledger.waiting_job(host.engine, batch_id)
-        if job is not None and not queues.is_queued(host.client, UNPACK, job):
-            queues.push(host.client, UNPACK, job)
+        queue_waiting(host.engine, host.client, batch_id)
+
+
+def queue_waiting(engine: Engine, client: Redis, batch_id: str) -> None:
+    """Push the job of a batch that waits to be unpacked, unless it is on the list."""
+    job = ledger.waiting_job(engine, batch_id)
+    if job is not None and not queues.is_queued(client, UNPACK, job):
+        queues.push(client, UNPACK, job)
+
+
+def delete_dead_object(engine: Engine, bucket: Bucket, audio_id: int, key: str) -> None:
+    """Delete what an attempt put of a recording that is dead now; nothing if that was retried meanwhile."""
+    with ledger.holding_dead(engine, audio_id) as dead:
+        if dead:
+            delete_opus(key, bucket=bucket)
 
 
 def drop_stale(host: Host, inbox: queues.Inbox, job: str, batch_id: str) -> None:

@@ -18,6 +18,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 COMPLAIN_SECONDS = 60
+_complained: dict[str, float] = {}  # when each store was last said to be away
 
 
 class Stopped(Exception):
@@ -62,13 +63,15 @@ class Stop:
 
 def patiently(stop: Stop, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call `act` until its store answers, saying so once a minute. Raises Stopped if asked to stop meanwhile."""
-    complained = -float(COMPLAIN_SECONDS)
+    away: set[str] = set()
 
     def complain(state: tenacity.RetryCallState) -> None:
-        nonlocal complained
-        if time.monotonic() - complained >= COMPLAIN_SECONDS:
-            complained = time.monotonic()
-            get_logger().warning("waiting for a store", error=str(state.outcome and state.outcome.exception()))
+        error = state.outcome and state.outcome.exception()
+        store = error.store if isinstance(error, Retryable) else ""
+        away.add(store)
+        if time.monotonic() - _complained.get(store, -float(COMPLAIN_SECONDS)) >= COMPLAIN_SECONDS:
+            _complained[store] = time.monotonic()
+            get_logger().warning("waiting for a store", error=str(error))
 
     def give_up(state: tenacity.RetryCallState) -> Any:
         raise Stopped
@@ -81,7 +84,11 @@ def patiently(stop: Stop, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs
         before_sleep=complain,
         retry_error_callback=give_up,
     )
-    return retrying(act, *args, **kwargs)
+    answer = retrying(act, *args, **kwargs)
+    for store in away:
+        if _complained.pop(store, None) is not None:
+            get_logger().info("the store answers again", store=store)
+    return answer
 
 
 def in_background(stop: Stop, name: str, act: Callable[[], None]) -> threading.Thread:

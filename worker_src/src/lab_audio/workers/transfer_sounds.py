@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -21,8 +20,8 @@ from sqlalchemy import Connection, Engine, text
 
 from lab_audio import ledger, queues, s3_utils, source
 from lab_audio.config import TransferSettings
-from lab_audio.contracts import UNPACK, SourceFile, UnpackJob, archive_key
-from lab_audio.errors import Fatal, NotFound, Permanent
+from lab_audio.contracts import UNPACK, SourceFile, new_unpack_job
+from lab_audio.errors import ConfigError, Fatal, NotFound, Permanent
 from lab_audio.ledger import Archive, Mint
 from lab_audio.log import get_logger
 from lab_audio.media import archive as tar
@@ -47,6 +46,8 @@ class Transfer:
 def run(settings: TransferSettings, stop: Stop, *, once: bool = False) -> None:
     """Transfer what settles at the source until asked to stop; with `once`, what is settled now."""
     where = source.parse(settings.source, ssh_key=settings.ssh_key, ssh_known_hosts=settings.ssh_known_hosts)
+    if len(s3_utils.as_header(where.name)) > s3_utils.MAX_METADATA:
+        raise ConfigError(f"SOURCE: longer than {s3_utils.MAX_METADATA} characters, percent-encoded")
     transfer = Transfer(
         where,
         ledger.open_ledger(settings),
@@ -102,6 +103,9 @@ def empty_tmp(tmp: Path) -> None:
 def transfer_settled(transfer: Transfer, settings: TransferSettings, lock: Connection, stop: Stop) -> None:
     """Look at the source once, and transfer batch after batch until nothing settled is left."""
     files = patiently(stop, source.settled, transfer.source, settings.settle_seconds)
+    for file in [file for file in files if not fits_header(file)]:
+        get_logger().warning("archive at the source left out: its path is too long", path=file.path)
+        files.remove(file)
     while files and not stop():
         lock.execute(text("SELECT 1"))  # the source is ours only as long as this connection lives
         minted = ledger.mint(
@@ -119,6 +123,11 @@ def transfer_settled(transfer: Transfer, settings: TransferSettings, lock: Conne
         files = [file for file in files if file not in mine]
 
 
+def fits_header(file: SourceFile) -> bool:
+    """Whether a file can be named in its archive's metadata, where it is an archive itself."""
+    return not file.path.lower().endswith(".tar") or len(s3_utils.as_header(file.path)) <= s3_utils.MAX_METADATA
+
+
 def finish_mint(transfer: Transfer, minted: Mint, stop: Stop) -> None:
     """Bring a minted batch's archive into the store, record it, and push its job."""
     log = get_logger().bind(batch_id=minted.batch_id)
@@ -130,7 +139,7 @@ def finish_mint(transfer: Transfer, minted: Mint, stop: Stop) -> None:
         )
     finally:
         path.unlink(missing_ok=True)
-    job = None if archive is None else new_job(minted.batch_id, archive.file_count or 0)
+    job = None if archive is None else new_unpack_job(minted.batch_id, archive.file_count or 0)
     patiently(
         stop,
         ledger.record_upload,
@@ -145,13 +154,6 @@ def finish_mint(transfer: Transfer, minted: Mint, stop: Stop) -> None:
     if job is not None:
         patiently(stop, queues.push, transfer.client, UNPACK, job)
         log.info("batch uploaded", files=len(minted.files) - len(struck))
-
-
-def new_job(batch_id: str, file_count: int) -> str:
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return UnpackJob(
-        batch_id=batch_id, s3_key=archive_key(batch_id), file_count=file_count, transferred_at=now
-    ).payload()
 
 
 def stored_archive(transfer: Transfer, minted: Mint) -> tuple[Archive | None, dict[SourceFile, str]] | None:
@@ -198,7 +200,13 @@ def store_archive(transfer: Transfer, minted: Mint, path: Path) -> tuple[Archive
     if built is None:
         return None, struck
     s3_utils.upload_archive(
-        path, minted.batch_id, bucket=transfer.bucket, sha256=built.sha256, file_count=built.file_count
+        path,
+        minted.batch_id,
+        bucket=transfer.bucket,
+        sha256=built.sha256,
+        file_count=built.file_count,
+        source=transfer.source.name,
+        source_file=minted.files[0] if is_archive(minted) else None,
     )
     return Archive(built.sha256, built.size, built.file_count), struck
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
@@ -25,9 +28,9 @@ from lab_audio.errors import Fatal, LabAudioError, NotFound, Permanent
 from lab_audio.ledger import Archive, NewItem, Refused
 from lab_audio.log import get_logger
 from lab_audio.media import archive as tar
-from lab_audio.media import transcode
+from lab_audio.media import canary, transcode
 from lab_audio.workers.host import Host, attend, open_host, open_inbox, tidy_batch
-from lab_audio.workers.loop import Stop, Stopped, patiently
+from lab_audio.workers.loop import COMPLAIN_SECONDS, Stop, Stopped, patiently
 
 SPOOL_BYTES = 16 << 20
 PAUSE_SECONDS = 2
@@ -44,6 +47,27 @@ class Encoding:
     threads: int
 
 
+@dataclass
+class Contents:
+    """What a batch's folder holds, kept while a store is away. `rows`: item to row; `etag`: of which archive.
+
+    `room` and `quota`: bytes that it takes with the results to come, and that it may take.
+    """
+
+    folder: Path
+    quota: int
+    etag: str | None = None
+    rows: dict[str, NewItem] = field(default_factory=dict)
+    room: int = 0
+
+    def add(self, row: NewItem) -> None:
+        """Enter a row. Raises OSError beyond the quota."""
+        self.rows[row.item] = row
+        self.room += row.room
+        if self.room > self.quota:
+            raise OSError(errno.EDQUOT, f"the batch needs more than the {self.quota} bytes set aside for it")
+
+
 def run(settings: UnpackSettings, stop: Stop) -> None:
     """Serve `unpack` until asked to stop; the batch in hand is finished, or left to the slot if a store is away."""
     host = open_host(settings, stop)
@@ -51,10 +75,15 @@ def run(settings: UnpackSettings, stop: Stop) -> None:
     encoding = Encoding(settings.opus_bitrate, settings.transcode_threads)
     attend(host, ("unpack",), stop)
     get_logger().info("unpack worker ready", host=host.name, slot=slot.number)
+    said = -float(COMPLAIN_SECONDS)
     try:
         while not stop():
             job = patiently(stop, inbox.claim, PAUSE_SECONDS)
-            if job is not None and not handle(host, inbox, job, encoding, stop):
+            why = job and handle(host, inbox, job, encoding, stop)
+            if why:
+                if time.monotonic() - said >= COMPLAIN_SECONDS:
+                    said = time.monotonic()
+                    get_logger().info("not to be unpacked now", why=why, job=job)
                 stop.wait(PAUSE_SECONDS)
     except Stopped:
         pass
@@ -63,8 +92,11 @@ def run(settings: UnpackSettings, stop: Stop) -> None:
     stop.check()
 
 
-def handle(host: Host, inbox: queues.Inbox, job: str, encoding: Encoding, stop: Stop) -> bool:
-    """Do one unpack job to its end. False if this host is to take nothing for now: the job is back on its list."""
+def handle(host: Host, inbox: queues.Inbox, job: str, encoding: Encoding, stop: Stop) -> str | None:
+    """Do one unpack job to its end, or put it back on its list and return why this host is to take nothing for now.
+
+    Raises Fatal if scratch fails.
+    """
     try:
         wanted = parse_unpack_job(job)
         if not patiently(stop, known, host, wanted, job):
@@ -72,40 +104,63 @@ def handle(host: Host, inbox: queues.Inbox, job: str, encoding: Encoding, stop: 
     except Permanent as error:
         get_logger().error("unpack job set aside", reason=str(error), job=job[:200])
         patiently(stop, inbox.bury, job)
-        return True
-    log = get_logger().bind(batch_id=wanted.batch_id)
+        return None
     with scratch.batch_lock(host.scratch, wanted.batch_id) as locked:
-        if not locked:  # held by whoever unpacks, tidies or returns it on this host: look again later
-            patiently(stop, inbox.move, job, inbox.source)
-            return False
-        taken = patiently(stop, ledger.take, host.engine, wanted.batch_id, host.name)
-        if isinstance(taken, Refused):
-            log.info("not to be unpacked now", why=taken.why)
-            if taken.job != "drop":
-                patiently(stop, inbox.move, job, inbox.source, taken.job)
-                return False
-        else:
+        if locked:
             try:
-                unpack(host, wanted, taken, encoding, stop)
-            except Permanent as error:
-                log.error("batch failed", reason=str(error))
-                patiently(stop, ledger.fail, host.engine, wanted.batch_id, host.name, str(error))
+                refused = attempt(host, wanted.batch_id, encoding, stop)
             except OSError as error:
                 raise Fatal(f"SCRATCH_ROOT {host.scratch}: {error}") from error
-            except (LabAudioError, Stopped):
-                raise
-            except Exception as error:
-                log.exception("unpacking went wrong", attempts=taken.attempts)
-                if taken.attempts < MAX_ATTEMPTS:
-                    scratch.cleanup_scratch(wanted.batch_id, root=host.scratch)
-                    patiently(stop, ledger.give_back, host.engine, wanted.batch_id, host.name)
-                    patiently(stop, inbox.move, job, inbox.source)
-                    return False
-                reason = f"{type(error).__name__}: {error}"[:500]
-                patiently(stop, ledger.fail, host.engine, wanted.batch_id, host.name, reason)
+        else:
+            refused = Refused("somebody on this host unpacks, tidies or returns it", "tail")
+        if refused is not None and refused.job != "drop":
+            patiently(stop, inbox.move, job, inbox.source, refused.job)
+            return refused.why
         patiently(stop, publish, host, inbox, wanted.batch_id, job)
     patiently(stop, tidy_batch, host, wanted.batch_id)
-    return True
+    return None
+
+
+def attempt(host: Host, batch_id: str, encoding: Encoding, stop: Stop) -> Refused | None:
+    """TAKE and unpack a batch whose lock is held. Returns why, if it is neither sealed nor failed now.
+
+    Raises OSError if scratch fails; where it is only full, the batch is given back.
+    """
+    log = get_logger().bind(batch_id=batch_id)
+    taken = patiently(stop, lambda: ledger.take(host.engine, batch_id, host.name, scratch.capacity(host.scratch)))
+    if isinstance(taken, Refused):
+        if taken.job == "drop":
+            log.info("not to be unpacked", why=taken.why)
+        return taken
+    try:
+        unpack(host, batch_id, taken, encoding, stop)
+        return None
+    except Permanent as error:
+        reason = str(error)
+    except (LabAudioError, Stopped):
+        raise
+    except OSError as error:
+        if not scratch.is_full(error):
+            raise
+        log.warning("batch given back, for want of room on scratch", why=error.strerror)
+        scratch.cleanup_scratch(batch_id, root=host.scratch)
+        failed = patiently(
+            stop, lambda: ledger.return_full(host.engine, batch_id, host.name, scratch.capacity(host.scratch))
+        )
+        if failed is None:
+            return Refused(f"scratch is full: {error.strerror}", "head")
+        log.error("batch failed", reason=failed)
+        return None
+    except Exception as error:
+        log.exception("unpacking went wrong", attempts=taken.attempts)
+        reason = f"{type(error).__name__}: {error}"[:500]
+        if taken.attempts < MAX_ATTEMPTS:
+            scratch.cleanup_scratch(batch_id, root=host.scratch)
+            patiently(stop, ledger.give_back, host.engine, batch_id, host.name)
+            return Refused(reason, "tail")
+    log.error("batch failed", reason=reason)
+    patiently(stop, ledger.fail, host.engine, batch_id, host.name, reason)
+    return None
 
 
 def known(host: Host, wanted: UnpackJob, job: str) -> bool:
@@ -137,39 +192,61 @@ def transcribe_jobs(scratch_root: Path, batch_id: str, pending: list[tuple[str, 
         yield TranscribeJob(batch_id=batch_id, opus_path=path, original_filename=name).payload()
 
 
-def unpack(host: Host, wanted: UnpackJob, taken: ledger.Taken, encoding: Encoding, stop: Stop) -> None:
-    """Stream the archive, encode each recording, and SEAL. Raises Permanent if the batch is to fail."""
-    encoded: dict[str, NewItem] = {}
-    archive, flags = patiently(stop, read_archive, host, wanted, taken, encoding, encoded)
-    state = patiently(
-        stop, ledger.seal, host.engine, wanted.batch_id, host.name, list(encoded.values()), archive, flags
-    )
-    get_logger().info("batch unpacked", batch_id=wanted.batch_id, state=state, items=len(encoded), flags=flags)
+def unpack(host: Host, batch_id: str, taken: ledger.Taken, encoding: Encoding, stop: Stop) -> None:
+    """Fill the batch's folder, from its archive or from the kept Opus, and SEAL.
+
+    Raises Permanent if the batch is to fail; OSError, also where its quota of scratch does not do.
+    """
+    contents = Contents(scratch.fresh_dir(host.scratch, batch_id), taken.quota)
+    if taken.archive_gone:
+        archive, flags = taken.archive, taken.flags
+        patiently(stop, fetch_kept, host, batch_id, contents)
+    else:
+        archive, flags = patiently(stop, read_archive, host, batch_id, taken, encoding, contents)
+    rows = list(contents.rows.values())
+    state = patiently(stop, ledger.seal, host.engine, batch_id, host.name, rows, archive, flags)
+    get_logger().info("batch unpacked", batch_id=batch_id, state=state, items=len(rows), flags=flags)
+
+
+def fetch_kept(host: Host, batch_id: str, contents: Contents) -> None:
+    """Fill a folder with the Opus that the store keeps of each item without a result; goes on after an earlier try."""
+    for row, key in ledger.kept_items(host.engine, batch_id):
+        if row.item in contents.rows:
+            continue
+        opus = contents.folder / f"{row.item}.opus"
+        try:
+            size = s3_utils.download_opus(key, opus, bucket=host.bucket)
+            seconds = transcode.duration(opus)
+            contents.add(replace(row, seconds=seconds, room=scratch.room_of(size, seconds)))
+        except NotFound:
+            contents.add(replace(row, reason="its archive and its Opus are gone"))
+        except Permanent as error:
+            contents.add(replace(row, reason=f"its archive is gone, and of its Opus: {error}"))
 
 
 def read_archive(
-    host: Host, wanted: UnpackJob, taken: ledger.Taken, encoding: Encoding, encoded: dict[str, NewItem]
+    host: Host, batch_id: str, taken: ledger.Taken, encoding: Encoding, contents: Contents
 ) -> tuple[Archive, list[str]]:
-    """Fill `encoded` (item to row) from the archive, skipping what is in it from an earlier try.
+    """Fill a folder from the archive; goes on after an earlier try, unless the archive was replaced since.
 
     Returns the archive as found and the batch's flags. Raises Permanent if the archive is missing or is not the one
     that was uploaded.
     """
     try:
-        info = s3_utils.head_archive(wanted.batch_id, bucket=host.bucket)
+        info = s3_utils.head_archive(batch_id, bucket=host.bucket)
     except NotFound:
         raise Permanent("archive missing") from None
     promised = taken.archive.sha256 or info.sha256
-    folder = scratch.batch_dir(host.scratch, wanted.batch_id)
-    folder.mkdir(mode=0o750, exist_ok=True)
+    if contents.etag not in (None, info.etag):
+        contents.rows.clear()
+    contents.etag, folder = info.etag, contents.folder
     flags: list[str] = []
     recordings = 0
     running: deque[Future[NewItem]] = deque()
 
     def collect(most: int) -> None:
         while len(running) > most:
-            row = running.popleft().result()
-            encoded[row.item] = row
+            contents.add(running.popleft().result())
 
     with (
         s3_utils.open_archive(info, bucket=host.bucket) as stream,
@@ -179,10 +256,10 @@ def read_archive(
             for member in tar.read(cast(BinaryIO, stream)):
                 recordings += 1
                 row = entry(member)
-                if row.item in encoded:
+                if row.item in contents.rows:
                     continue
                 if row.reason is not None or row.item in taken.settled or member.file is None:
-                    encoded[row.item] = row
+                    contents.add(row)
                 else:
                     running.append(pool.submit(encode, row, spooled(member.file, folder), folder, encoding.bitrate))
                     collect(2 * encoding.threads)
@@ -194,8 +271,8 @@ def read_archive(
         found = stream.sha256()
     if promised is not None and found != promised:
         raise Permanent(f"the archive's SHA-256 is {found}, uploaded was {promised}")
-    if wanted.file_count != recordings:
-        flags.append(f"file_count: the job says {wanted.file_count}, the archive holds {recordings}")
+    if taken.archive.file_count not in (None, recordings):
+        flags.append(f"file_count: the job says {taken.archive.file_count}, the archive holds {recordings}")
     return Archive(found, info.size, recordings), flags
 
 
@@ -213,8 +290,13 @@ def entry(member: tar.Member) -> NewItem:
 def spooled(recording: BinaryIO, folder: Path) -> BinaryIO:
     """Copy a recording out of the stream: into memory, or beside the batch if it is large."""
     spool = cast(BinaryIO, tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(folder)))  # noqa: SIM115 (encode closes it)
-    shutil.copyfileobj(recording, spool, 1 << 20)
-    spool.seek(0)
+    try:
+        shutil.copyfileobj(recording, spool, 1 << 20)
+        spool.seek(0)
+    except BaseException:
+        with suppress(OSError):  # its own, if scratch is full; it takes room until it is closed
+            spool.close()
+        raise
     return spool
 
 
@@ -227,11 +309,14 @@ def encode(row: NewItem, mp3: BinaryIO, folder: Path, bitrate: int) -> NewItem:
                 opus = transcode.encode(mp3, target, bitrate=bitrate, timeout=encode_seconds(mp3))
                 break
             except transcode.Killed as error:  # for want of memory, perhaps not its own
-                if not tries_left:
-                    return replace(row, reason=f"{error}, {FFMPEG_TRIES} times")
+                if tries_left:
+                    continue
+                reason = f"{error}, {FFMPEG_TRIES} times"
             except Permanent as error:
-                return replace(row, reason=str(error))
-    return replace(row, seconds=opus.seconds)
+                reason = str(error)
+            canary.encode(folder)  # else ffmpeg is broken, not the recording
+            return replace(row, reason=reason)
+    return replace(row, seconds=opus.seconds, room=scratch.room_of(opus.size, opus.seconds))
 
 
 def encode_seconds(mp3: BinaryIO) -> float:

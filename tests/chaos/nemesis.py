@@ -1,0 +1,378 @@
+"""What goes wrong. Each fault is a track, which does it, lasts, and undoes it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Generator
+from functools import partial
+from random import Random
+from typing import Any
+
+from driver import FATAL, HOSTS, KILLED, ON_LOOP, Driver, Track, Worker
+from proxies import BYTES_FAULTS, S3_FAULTS
+from workers import ROLES, Board, not_killed
+
+Fault = Callable[[Driver, Random], Track]  # its own dice, so that other tracks do not change what they show
+WHOLE_SECONDS = 120  # from FLUSHALL until Redis is whole again, by reconcile
+SICK_SECONDS = 30  # until a sick worker ends
+# Faults that bring a step about: they go on until it was killed.
+BRINGS = {
+    "scratch lost": "RETURN",
+    "disk full": "FULL",
+    "host destroyed": "LOST",
+    "host falsely forgotten": "LOST-PUSH",
+    "redis emptied": "RECONCILE-PUBLISH",
+}
+RECOVERY_SECONDS = 60  # until what a dead worker had begun runs again; longer is no measurement
+
+
+def nemesis(name: str, driver: Driver, kinds: dict[str, Fault], doses: dict[str, int]) -> Track:
+    """One fault after the other, always one that is furthest from its dose. Those without a dose do not happen."""
+    random = Random(f"{driver.options.seed} {name}")
+    kinds = {name: kind for name, kind in kinds.items() if doses.get(name)}
+    while kinds:
+        while driver.quiet:
+            yield 0.1
+        missing = {point.split()[1] for point in not_killed(ROLES, driver.kills)}
+        given = {name: driver.doses[name] / doses[name] for name in kinds}
+        given |= {name: 0.99 for name in kinds if given[name] >= 1 and BRINGS.get(name) in missing}
+        name = min(kinds, key=lambda name: (given[name], random.random()))
+        driver.faulty += 1
+        driver.note("fault", what=name)
+        yield from kinds[name](driver, random)
+        driver.doses[name] += 1
+        driver.note("over", what=name)
+        driver.faulty -= 1
+        yield random.uniform(0.5, 2.5)
+
+
+# Stores
+
+
+def broken_way(store: str, fault: str, driver: Driver, random: Random) -> Track:
+    """What passes between all workers and a store is hit, some of it or all."""
+    rate = 1.0 if fault in ("away", "silent") else random.uniform(0.1, 0.4)
+    driver.place.proxies.set(store, fault, rate)
+    yield random.uniform(2, 5)
+    driver.note("passed", store=store, counts=driver.place.proxies.set(store))
+
+
+def restarted(server: str, driver: Driver, random: Random) -> Track:
+    """kill -9, and a new start."""
+    driver.stopped.add(server)
+    driver.place.stack.stop_one(server)
+    yield random.uniform(0.1, 2)
+    driver.place.stack.start_one(server)
+    driver.stopped.clear()
+
+
+def emptied(driver: Driver, random: Random) -> Track:
+    """FLUSHALL; reconcile runs every few seconds."""
+    open_before = open_batches(driver)
+    with driver.stores.queue() as client:
+        client.flushall()
+    began = time.monotonic()
+    while missing := [batch for batch in open_before if not is_whole(driver, batch)]:
+        open_before = missing
+        if time.monotonic() - began > WHOLE_SECONDS:
+            driver.odd(f"Redis is not whole {WHOLE_SECONDS} s after FLUSHALL: {missing[:3]}")
+            return
+        yield 0.5
+    driver.figures.setdefault("seconds until Redis was whole", []).append(time.monotonic() - began)
+
+
+def open_batches(driver: Driver) -> list[str]:
+    return [row[0] for row in driver.stores.rows("SELECT batch_id FROM batches WHERE state IN ('uploaded', 'ready')")]
+
+
+def is_whole(driver: Driver, batch: str) -> bool:
+    """Whether Redis has a job for each thing that is to be done in a batch, or it has ended."""
+    state, pending = driver.stores.rows(
+        "SELECT b.state, count(a.audio_id) FILTER (WHERE a.state = 'pending')"
+        f" FROM batches b LEFT JOIN audio_files a USING (batch_id) WHERE b.batch_id = '{batch}' GROUP BY b.state"
+    )[0]
+    with driver.stores.queue() as client:
+        look = client.pipeline(transaction=True)
+        for name in [n for n in client.scan_iter(count=1000) if client.type(n) == "list" and n != "dead"]:
+            look.lrange(name, 0, -1)
+        jobs = {job for some in look.execute() for job in some if batch in job}
+    transcribe = {job for job in jobs if "opus_path" in json.loads(job)}
+    return state in ("complete", "failed", "unpacking") or len(transcribe if state == "ready" else jobs) >= pending
+
+
+def only_this(driver: Driver) -> Track:
+    """Wait until nothing else goes wrong, and see that it stays so until `driver.quiet` is taken back."""
+    driver.quiet = True
+    while driver.faulty > 1:
+        yield 0.1
+    driver.place.board.set(Board.ARMED, False)
+
+
+def over(driver: Driver) -> None:
+    driver.quiet = False
+    driver.place.board.set(Board.ARMED, True)
+
+
+def long_outage(store: str, fault: str, rate: float, seconds: float, driver: Driver, random: Random) -> Track:
+    """A store is hit for long, and nothing else is. Of S3: no recording goes through the models twice."""
+    yield from only_this(driver)
+    driver.window = {}
+    driver.place.proxies.set(store, fault, rate)
+    yield seconds
+    counts = driver.place.proxies.set(store)
+    redone = sum(
+        is_healthy(driver, item) for item, times in driver.window.items() if times > 1 and item not in driver.doubled
+    )
+    driver.note("passed", store=store, counts=counts, begun=len(driver.window), redone=redone, seconds=seconds)
+    if store == "s3":
+        driver.figures.setdefault("model work redone while S3 was hit", []).append(redone)
+    driver.window = None
+    over(driver)
+
+
+def is_healthy(driver: Driver, item: int) -> bool:
+    """Whether a recording is none that fails in the models, and so is tried again."""
+    ((batch, member),) = driver.stores.rows(f"SELECT batch_id, member FROM audio_files WHERE audio_id = {item}")
+    members = driver.planted.archives.get(batch, driver.planted.files)
+    return members[member].fate == "done"
+
+
+# Hosts
+
+
+def a_host(driver: Driver, random: Random) -> Generator[float, None, str]:
+    """Wait for a host that may be hit: no item there was hit too often."""
+    while True:
+        host = random.choice(HOSTS)
+        if host not in driver.down and not driver.at_risk(*driver.on(host)):
+            return host
+        yield 0.1
+
+
+def destroyed(driver: Driver, random: Random) -> Track:
+    """All its processes die, its disk is wiped. It comes back with an empty one: soon, or when it was given up."""
+    host = yield from a_host(driver, random)
+    driver.take_down(host)
+    shutil.rmtree(driver.scratch(host), ignore_errors=True)
+    how = ("given up", "soon", "forgotten")[driver.doses["host destroyed"] % 3]
+    if how == "forgotten":
+        yield from forget(driver, host)
+    if how == "given up":
+        yield from given_up(driver, host)
+    yield random.uniform(0, 3)
+    driver.down.discard(host)
+
+
+def without_power(driver: Driver, random: Random) -> Track:
+    """All its processes die at once; it comes back with its disk: soon, or so late that it was given up."""
+    host = yield from a_host(driver, random)
+    driver.take_down(host)
+    if driver.doses["host without power"] % 2:
+        yield from given_up(driver, host)
+    yield random.uniform(0, 1)
+    driver.down.discard(host)
+
+
+def given_up(driver: Driver, host: str) -> Track:
+    """Until reconcile takes a silent host for lost."""
+    while driver.stopped or driver.stores.rows(f"SELECT 1 FROM hosts WHERE host = '{host}' AND seen_at IS NOT NULL"):
+        yield 0.3
+
+
+def falsely_forgotten(driver: Driver, random: Random) -> Track:
+    """`hosts forget` of a host that lives and works."""
+    host = yield from a_host(driver, random)
+    yield from forget(driver, host)
+
+
+def forget(driver: Driver, host: str) -> Track:
+    """`hosts forget`, again where it was killed or a store was away."""
+    (operator,) = driver.on("operator")
+    while True:
+        driver.start(operator, host)
+        while operator.pid:
+            yield 0.05
+        if operator.code == 0:
+            return
+        yield 0.3
+
+
+def scratch_lost(driver: Driver, random: Random) -> Track:
+    """Somebody removes a folder that is in use."""
+    for _ in range(100):
+        while driver.stopped:
+            yield 0.1
+        rows = driver.stores.rows(
+            "SELECT batch_id, host FROM batches b WHERE state = 'ready' AND"
+            " (SELECT count(*) FROM audio_files a WHERE a.batch_id = b.batch_id AND a.state = 'pending') > 8"
+        )
+        if rows:
+            batch, host = random.choice(rows)
+            shutil.rmtree(driver.scratch(host) / batch, ignore_errors=True)
+            return
+        yield 0.1
+
+
+def disk_full(driver: Driver, random: Random) -> Track:
+    """In the middle of unpacking, if some comes in the next seconds."""
+    query = f"SELECT 1 FROM batches WHERE state = 'unpacking' AND host = '{ON_LOOP}'"
+    for _ in range(100):
+        if not driver.stopped and driver.stores.rows(query):
+            break
+        yield 0.1
+    driver.place.disk.fill()
+    yield random.uniform(2, 5)
+    driver.place.disk.empty()
+
+
+def disk_read_only(driver: Driver, random: Random) -> Track:
+    """The disk takes no more writes, while it is in use; then the host is started anew."""
+    driver.place.disk.break_down()
+    yield random.uniform(2, 4)
+    while driver.at_risk(*driver.on(ON_LOOP)):
+        yield 0.1
+    driver.take_down(ON_LOOP)
+    driver.place.disk.repair()
+    driver.down.discard(ON_LOOP)
+
+
+# Workers
+
+
+def clock_jumped(driver: Driver, random: Random) -> Track:
+    """A worker starts again with a clock that is hours wrong."""
+    worker = random.choice([w for w in driver.workers if w.role in ("transfer", "unpack", "gpu", "slot")])
+    while driver.at_risk(worker):
+        yield 0.1
+    worker.clock_hours = random.choice((-1, 1)) * random.uniform(0.5, 48)
+    driver.kill(worker, "at random")
+    yield 1.0
+
+
+def asked_to_end(driver: Driver, random: Random) -> Track:
+    """SIGTERM, as at an upgrade."""
+    worker = random.choice([w for w in driver.workers if w.role in ("transfer", "unpack", "gpu", "slot")])
+    driver.ask_to_end(worker)
+    yield 1.0
+
+
+def busy_slot(driver: Driver, random: Random) -> Worker | None:
+    some = [w for w in driver.workers if w.role == "slot" and w.pid and w.begun and not driver.at_risk(w)]
+    return random.choice(some) if some else None
+
+
+def sick(driver: Driver, random: Random) -> Track:
+    """From now on the models fail in one process, on everything. It is to end soon; no attempt is spent in the end."""
+    while not (worker := busy_slot(driver, random)):
+        yield 0.02
+    pid, began = worker.pid, time.monotonic()
+    before: dict[int, int] = {}
+    driver.place.board.set(Board.SICK, True, worker.child)
+    worker.ends = float("inf")
+    while worker.pid == pid:
+        before |= {item: attempts for item, attempts in worker.begun.items() if item not in before}
+        if time.monotonic() - began > SICK_SECONDS:
+            driver.odd(f"a sick worker does not end within {SICK_SECONDS} s")
+            return
+        yield 0.01
+    if worker.code == KILLED:  # something else befell it
+        yield from sick(driver, random)
+        return
+    driver.figures.setdefault("seconds until a sick worker ended", []).append(time.monotonic() - began)
+    if worker.code not in (FATAL, None):
+        driver.odd(f"a sick worker ended with {worker.code}")
+    spent = 0
+    while driver.stopped:
+        yield 0.1
+    for item, attempts in before.items():
+        now = driver.stores.rows(f"SELECT state, attempts FROM audio_files WHERE audio_id = {item}")
+        others = any(item in other.begun for other in driver.workers if other is not worker)
+        mine = not others and item not in worker.begun
+        spent += bool(now and now[0][0] == "pending" and now[0][1] > attempts and mine)
+    driver.figures.setdefault("attempts spent by a sick worker", []).append(spent)
+
+
+def death_timed(driver: Driver, random: Random) -> Track:
+    """A process dies with recordings in its hands, and nothing else goes wrong: how long until they run again."""
+    yield from only_this(driver)
+    while not (worker := busy_slot(driver, random)):
+        yield 0.01
+    items = set(worker.begun)
+    driver.kill(worker, "timed")
+    began = time.monotonic()
+    driver.window = {}
+    while worker.pid:
+        yield 0.0
+    first = None
+    while time.monotonic() - began < RECOVERY_SECONDS:
+        if items & driver.window.keys() or not pending(driver, items):
+            first = time.monotonic() - began
+            break
+        yield 0.02
+    figure = driver.figures.setdefault("seconds until the items of a dead worker ran again", [])
+    figure.append(first or RECOVERY_SECONDS)
+    driver.window = None
+    over(driver)
+
+
+def pending(driver: Driver, items: set[int]) -> bool:
+    some = ",".join(map(str, items))
+    rows: list[Any] = driver.stores.rows(f"SELECT 1 FROM audio_files WHERE state = 'pending' AND audio_id IN ({some})")
+    return bool(rows)
+
+
+STORE_FAULTS: dict[str, Fault] = {
+    **{f"s3 {fault}": partial(broken_way, "s3", fault) for fault in (*S3_FAULTS, "away")},
+    **{
+        f"{store} {fault}": partial(broken_way, store, fault)
+        for store in ("redis", "postgres")
+        for fault in (*BYTES_FAULTS, "away")
+    },
+    **{f"{server} restarted": partial(restarted, server) for server in ("valkey", "postgres", "seaweedfs")},
+    "redis emptied": emptied,
+    "s3 errors for a while": partial(long_outage, "s3", "error", 0.2, 10),
+    "s3 away for a while": partial(long_outage, "s3", "away", 1.0, 10),
+    "s3 errors for 10 min": partial(long_outage, "s3", "error", 0.2, 600),
+    "s3 away for 5 min": partial(long_outage, "s3", "away", 1.0, 300),
+    "postgres away for 5 min": partial(long_outage, "postgres", "away", 1.0, 300),
+}
+HOST_FAULTS: dict[str, Fault] = {
+    "host destroyed": destroyed,
+    "host without power": without_power,
+    "host falsely forgotten": falsely_forgotten,
+    "scratch lost": scratch_lost,
+    "disk full": disk_full,
+    "disk read-only": disk_read_only,
+    "clock jumped": clock_jumped,
+    "asked to end": asked_to_end,
+    "worker sick": sick,
+    "death timed": death_timed,
+}
+LONG = ("s3 errors for 10 min", "s3 away for 5 min", "postgres away for 5 min")
+SMALL = {
+    **{name: 1 for name in (*STORE_FAULTS, *HOST_FAULTS) if name not in LONG},
+    "host destroyed": 3,
+    "host without power": 2,
+    "scratch lost": 4,
+    "disk full": 3,
+    "redis emptied": 2,
+    "host falsely forgotten": 2,
+    "death timed": 3,
+}
+# A quarter of the table's doses, or all of what takes long: four runs make it full.
+FULL = {
+    **dict.fromkeys(SMALL, 4),
+    **dict.fromkeys(LONG, 1),
+    "s3 errors for a while": 0,
+    "s3 away for a while": 0,
+    "host destroyed": 25,
+    "host falsely forgotten": 25,
+    "disk full": 13,
+    "disk read-only": 13,
+    "valkey restarted": 13,
+    "postgres restarted": 13,
+    "worker sick": 13,
+    "death timed": 25,
+}

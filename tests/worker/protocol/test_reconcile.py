@@ -1,0 +1,273 @@
+"""Host loss, an emptied Redis, archives that nobody knows, rows and objects that do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import datetime, timezone
+
+import pytest
+
+from lab_audio import ledger, queues
+from lab_audio.operations.reconcile import Report, Stores, lose_host, reconcile
+
+from world import World
+
+NAMES = ["a.mp3", "b.mp3", "c.mp3"]
+GRACE = 600
+
+
+def stores(world: World) -> Stores:
+    return Stores(world.engine, world.client, world.bucket)
+
+
+def silence(world: World, host: str, minutes: float) -> None:
+    world.sql(
+        "UPDATE hosts SET seen_at = now() - make_interval(mins => :m),"
+        " doubted_at = doubted_at - make_interval(mins => :m) WHERE host = :host",
+        m=minutes,
+        host=host,
+    )
+
+
+def nothing(report: Report) -> bool:
+    return not any(vars(report).values())
+
+
+def states(world: World) -> dict[str, tuple[str, str | None]]:
+    return {row.batch_id: (row.state, row.host) for row in world.rows("SELECT batch_id, state, host FROM batches")}
+
+
+def test_a_silent_host_is_doubted_then_lost_and_another_redoes_only_what_was_pending(world: World) -> None:
+    batch_id = world.plant_batch(1, NAMES)
+    world.run("unpack", "h1")
+    jobs = [world.client.rpop("transcribe:h1") for _ in range(2)]
+    world.run("gpu", "h1")
+    world.client.rpush("transcribe:h1", *jobs)
+    done = world.rows("SELECT audio_id, attempts, settled_at FROM audio_files WHERE state = 'done'")
+    assert len(done) == 1
+
+    assert nothing(reconcile(stores(world), GRACE))
+    silence(world, "h1", 11)
+    first = reconcile(stores(world), GRACE)
+    assert (first.doubted_hosts, first.lost_hosts) == (["h1"], [])
+    assert states(world)[batch_id] == ("ready", "h1")
+    silence(world, "h1", 11)
+    second = reconcile(stores(world), GRACE)
+    assert (second.lost_hosts, second.returned_batches, second.pushed_jobs) == (["h1"], [batch_id], [batch_id])
+    assert not list(world.client.scan_iter("*h1*"))
+    shutil.rmtree(world.scratch("h1"))
+
+    world.finish(hosts=["h2"])
+    assert world.snags() == []
+    kept = world.rows("SELECT audio_id, attempts, settled_at FROM audio_files WHERE state = 'done'")
+    assert set(done) <= set(kept)
+
+
+def test_a_host_that_beats_again_is_not_lost(world: World) -> None:
+    batch_id = world.plant_batch(1, NAMES)
+    world.run("unpack", "h1")
+    silence(world, "h1", 11)
+    assert reconcile(stores(world), GRACE).doubted_hosts == ["h1"]
+    ledger.beat(world.engine, "h1", gpu=True)
+    silence(world, "h1", 11)  # as if PostgreSQL had been away again
+    assert reconcile(stores(world), GRACE).lost_hosts == []
+    assert states(world)[batch_id] == ("ready", "h1")
+
+
+def test_two_reconciles_at_once_do_not_lose_a_host_at_first_sight(world: World) -> None:
+    world.plant_batch(1, NAMES)
+    world.run("unpack", "h1")
+    silence(world, "h1", 11)
+    reports = [reconcile(stores(world), GRACE) for _ in range(3)]
+    assert all(report.lost_hosts == [] for report in reports)
+
+
+def test_a_host_that_comes_back_late_throws_its_work_away(world: World) -> None:
+    """h1 unpacked and died; h2 took over and is half through; h1 starts again with its scratch and its old jobs."""
+    world.plant_batch(1, NAMES)
+    world.run("unpack", "h1")
+    stale = world.client.lrange("transcribe:h1", 0, -1)
+    lose_host(stores(world), "h1")
+    reconcile(stores(world), GRACE)
+    world.run("unpack", "h2")
+    world.client.rpush("transcribe:h1", *stale)
+    world.run("gpu", "h1")
+    world.run("unpack", "h1")
+    assert world.rows("SELECT DISTINCT host FROM batches") == [("h2",)]
+    assert world.rows("SELECT sum(attempts) FROM audio_files") == [(0,)]
+    world.finish(hosts=["h2", "h1"])
+    assert world.snags() == []
+
+
+def test_a_host_forgotten_in_the_middle_of_unpacking_seals_nothing(world: World) -> None:
+    world.plant_batch(1, NAMES)
+    effects = world.run("unpack", "h1")[1]
+    world.reset()
+    batch_id = world.plant_batch(1, NAMES)
+    seal = next(place for place, effect in enumerate(effects, 1) if effect.startswith("sql INSERT INTO audio_files"))
+    world.run("unpack", "h1", kill_before=seal - 2)
+    lose_host(stores(world), "h1")
+    assert ledger.seal(world.engine, batch_id, "h1", [], ledger.Archive("0" * 64, 1, 0), []) is None
+    reconcile(stores(world), GRACE)
+    world.finish(hosts=["h2", "h1"])
+    assert world.snags() == []
+
+
+def test_a_job_that_a_lost_host_had_only_claimed_goes_back(world: World) -> None:
+    batch_id = world.plant_batch(1, NAMES)
+    world.client.lmove("unpack", "processing:h1:unpack:0", "LEFT", "RIGHT")
+    lose_host(stores(world), "h1")
+    assert world.client.lrange("unpack", 0, -1) == [world.job(batch_id, 3)]
+
+
+@pytest.mark.parametrize("stage", ["uploaded", "unpacking", "ready", "half done", "complete"])
+def test_redis_is_whole_again_after_flushall(world: World, stage: str) -> None:
+    batch_id = world.plant_batch(1, NAMES)
+    ends = {"uploaded": 0, "unpacking": None, "ready": 0}
+    if stage == "uploaded":
+        ledger.adopt(world.engine, batch_id, world.job(batch_id, 3), ledger.Archive(None, None, 3))
+    elif stage == "unpacking":
+        effects = world.run("unpack")[1]
+        world.reset()
+        world.plant_batch(1, NAMES)
+        place = next(n for n, effect in enumerate(effects, 1) if effect.startswith("sql INSERT INTO audio_files"))
+        world.run("unpack", kill_before=place)
+    else:
+        world.run("unpack")
+        if stage == "half done":
+            world.run("gpu", kill_before=25)
+        if stage == "complete":
+            world.sql("UPDATE audio_files SET state = 'dead', reason = 'x', settled_at = now()")
+            world.sql("UPDATE batches SET state = 'complete', complete_at = now()")
+            world.poison, world.planted = world.planted, set()
+    assert stage in ends or stage in ("half done", "complete")
+    world.client.flushdb()
+    reconcile(stores(world), GRACE)
+    if stage == "ready":
+        assert world.client.llen("transcribe:h1") == 3
+        assert world.client.get(f"batch:{batch_id}:total") == "3"
+    assert nothing(reconcile(stores(world), GRACE)) or stage == "complete"
+    world.finish()
+    assert world.snags() == []
+
+
+def test_a_batch_that_lacks_one_job_gets_that_one(world: World) -> None:
+    world.plant_batch(1, NAMES)
+    world.run("unpack")
+    gone = world.client.rpop("transcribe:h1")
+    assert reconcile(stores(world), GRACE, dry_run=True).published_batches
+    assert world.client.llen("transcribe:h1") == 2
+    reconcile(stores(world), GRACE)
+    assert world.client.lrange("transcribe:h1", 0, -1).count(gone) == 1
+    assert world.client.llen("transcribe:h1") == 3
+
+
+def test_an_archive_that_nobody_knows_is_entered(world: World) -> None:
+    batch_id = world.plant_batch(1, NAMES)
+    world.client.flushdb()
+    world.bucket.client.put_object(Bucket=world.bucket.name, Key="archives/notes.txt", Body=b"x")
+    report = reconcile(stores(world), GRACE)
+    assert (report.adopted_archives, report.pushed_jobs) == ([batch_id], [batch_id])
+    world.finish()
+    assert world.rows("SELECT state, flags FROM batches") == [("complete", [])]
+    world.bucket.client.delete_object(Bucket=world.bucket.name, Key="archives/notes.txt")
+    assert world.snags() == []
+
+
+def test_keys_of_a_batch_that_has_ended_are_deleted(world: World) -> None:
+    """A Redis that crashed may have forgotten the DEL."""
+    batch_id = world.plant_batch(1, NAMES)
+    world.finish()
+    world.client.set(f"batch:{batch_id}:total", 3)
+    assert reconcile(stores(world), GRACE).forgotten_keys == [batch_id]
+    assert world.snags() == []
+
+
+def test_objects_and_rows_are_compared(world: World) -> None:
+    world.plant_batch(1, ["a.mp3", "b.mp3", "c.mp3", "d.mp3"])
+    world.finish()
+    a, b, c, _ = world.rows("SELECT audio_id, s3_opus_path FROM audio_files ORDER BY member")
+    today = f"{datetime.now(timezone.utc):%Y-%m-%d}"
+    died = "UPDATE audio_files SET state = 'dead', s3_opus_path = NULL, settled_at = now() WHERE audio_id = :id"
+    world.sql(died, id=a[0])
+    world.bucket.client.delete_object(Bucket=world.bucket.name, Key=b[1])
+    stray = f"processed/{today}/999999.opus"
+    for key in (stray, "processed/1999-12-31/7.opus"):
+        world.bucket.client.put_object(Bucket=world.bucket.name, Key=key, Body=b"x")
+
+    assert nothing(reconcile(stores(world), GRACE, audit=False))
+    dry = reconcile(stores(world), GRACE, dry_run=True)
+    assert dry.deleted_objects == [a[1]]
+    assert a[1] in world.objects()
+    report = reconcile(stores(world), GRACE)
+    assert report.deleted_objects == [a[1]]
+    assert report.rows_without_objects == [b[1]]
+    assert report.objects_without_rows == ["processed/1999-12-31/7.opus", stray]
+    assert a[1] not in world.objects()
+    assert c[1] in world.objects()
+    again = reconcile(stores(world), GRACE)
+    assert (again.deleted_objects, again.rows_without_objects) == ([], [b[1]])
+
+
+def test_the_commands(world: World) -> None:
+    batch_id = world.plant_batch(1, NAMES)
+    world.run("unpack", "h1")
+    world.client.flushdb()
+    dry = world.command("reconcile", "--dry-run", "--json")
+    assert json.loads(dry.stdout)["published_batches"] == [batch_id]
+    assert world.client.keys() == []
+    assert f"1 published batches: {batch_id}" in world.command("reconcile").stdout
+    assert "all is well" in world.command("reconcile", "--quick").stdout
+
+    assert "no host is called h9; known: h1" in world.command("hosts", "forget", "h9", code=78).output
+    assert batch_id in world.command("hosts", "forget", "h1").stdout
+    assert world.client.keys() == ["unpack"]
+    assert ledger.seen_hosts(world.engine) == []
+
+    world.bucket.client.put_object(Bucket=world.bucket.name, Key="processed/1999-12-31/7.opus", Body=b"x")
+    assert "processed/1999-12-31/7.opus" in world.command("reconcile", code=1).stdout
+
+
+def test_a_replaced_disk_gives_the_old_ones_batches_back(world: World) -> None:
+    batch_id = world.plant_batch(1, NAMES)
+    world.run("unpack", "h1")
+    shutil.rmtree(world.scratch("h1"))
+    silence(world, "h1", 3)
+    world.run("gpu", "h1")  # starts on the new disk
+    assert states(world)[batch_id] == ("uploaded", None)
+    assert queues.is_queued(world.client, "unpack", world.job(batch_id, 3))
+    world.finish()
+    assert world.snags() == []
+
+
+def test_reconcile_may_be_killed_anywhere(world: World) -> None:
+    """Before each of its changes, then it runs again."""
+
+    def plant() -> None:
+        world.reset()
+        world.plant_batch(1, NAMES)
+        world.run("unpack", "h1")
+        world.client.flushdb()
+        world.plant_batch(2, ["d.mp3"])
+        world.client.delete("unpack")
+        silence(world, "h1", 11)
+        world.sql("UPDATE hosts SET doubted_at = now() - interval '1 hour'")
+
+    plant()
+    effects = world.run("reconcile")[1]
+    changes = [
+        place
+        for place, (before, effect) in enumerate(zip(["", *effects], effects, strict=False), 1)
+        if effect != before and not effect.startswith(("sql SELECT", "redis SCAN", "s3 GET", "s3 HEAD"))
+    ]
+    assert len(changes) > 8
+    for place in changes:
+        plant()
+        world.run("reconcile", kill_before=place)
+        silence(world, "h1", 11)
+        world.sql("UPDATE hosts SET doubted_at = now() - interval '1 hour' WHERE doubted_at IS NOT NULL")
+        reconcile(stores(world), GRACE)
+        world.finish(hosts=["h2"])
+        world.run("unpack", "h1")
+        assert world.snags() == [], f"killed before {effects[place - 1]}, effect {place}"

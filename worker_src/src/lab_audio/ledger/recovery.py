@@ -1,0 +1,270 @@
+"""What reconcile and restore ask of the ledger, and the rows that they make from what the stores hold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import PurePosixPath
+
+from sqlalchemy import Connection, Engine, text
+
+from lab_audio.contracts import SourceFile
+from lab_audio.ledger.batches import Archive
+from lab_audio.ledger.connection import transaction
+
+SEQUENCE = "pg_get_serial_sequence('audio_files', 'audio_id')"
+SPARE_IDS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A row of audio_files, as far as its object is concerned."""
+
+    audio_id: int
+    batch_id: str | None
+    state: str
+    s3_opus_path: str | None
+    settled_at: datetime | None
+
+
+def ready_batches(engine: Engine) -> list[tuple[str, str]]:
+    """(batch_id, host) of every batch that is at the GPU workers."""
+    with transaction(engine) as connection:
+        rows = connection.execute(text("SELECT batch_id, host FROM batches WHERE state = 'ready' ORDER BY batch_id"))
+        return [(row.batch_id, row.host) for row in rows]
+
+
+def pending_items(engine: Engine, batch_id: str) -> list[tuple[str, str]]:
+    """(item, original_filename) of each item of a batch without a result."""
+    with transaction(engine) as connection:
+        rows = connection.execute(
+            text("SELECT item, original_filename FROM audio_files WHERE batch_id = :id AND state = 'pending'"),
+            {"id": batch_id},
+        )
+        return [(row.item, row.original_filename) for row in rows]
+
+
+def batch_states(engine: Engine, batch_ids: Collection[str]) -> dict[str, str]:
+    """The state of each of these batches that the ledger knows."""
+    with transaction(engine) as connection:
+        rows = connection.execute(
+            text("SELECT batch_id, state FROM batches WHERE batch_id = ANY(:ids)"), {"ids": list(batch_ids)}
+        )
+        return {row.batch_id: row.state for row in rows}
+
+
+def keyless_batches(engine: Engine, batch_ids: Collection[str]) -> list[str]:
+    """Those of these batches that should have no keys in Redis: nobody has them in hand."""
+    with transaction(engine) as connection:
+        kept = connection.execute(
+            text("SELECT batch_id FROM batches WHERE batch_id = ANY(:ids) AND host IS NOT NULL"),
+            {"ids": list(batch_ids)},
+        ).scalars()
+        return sorted(set(batch_ids) - set(kept))
+
+
+def entered_dates(engine: Engine) -> list[str]:
+    """The dates (YYYY-MM-DD) from the first to the last on which recordings were entered."""
+    with transaction(engine) as connection:
+        return list(
+            connection.execute(
+                text(
+                    "SELECT d::date::text FROM (SELECT min(date) AS a, max(date) AS z FROM audio_files) AS span,"
+                    " generate_series(a, z, interval '1 day') AS d"
+                )
+            ).scalars()
+        )
+
+
+def recordings_of(engine: Engine, date: str) -> dict[int, Recording]:
+    """Recordings by audio_id that were entered on a date."""
+    with transaction(engine) as connection:
+        rows = connection.execute(
+            text(
+                "SELECT audio_id, batch_id, state, s3_opus_path, settled_at"
+                " FROM audio_files WHERE date = CAST(:date AS date)"
+            ),
+            {"date": date},
+        )
+        return {row.audio_id: Recording(*row) for row in rows}
+
+
+def recording(engine: Engine, audio_id: int) -> Recording | None:
+    with transaction(engine) as connection:
+        row = connection.execute(
+            text("SELECT audio_id, batch_id, state, s3_opus_path, settled_at FROM audio_files WHERE audio_id = :id"),
+            {"id": audio_id},
+        ).one_or_none()
+        return Recording(*row) if row else None
+
+
+def other_sessions(engine: Engine) -> list[str]:
+    """Where other processes of lab_audio are connected to the ledger from."""
+    with transaction(engine) as connection:
+        rows = connection.execute(
+            text(
+                "SELECT DISTINCT coalesce(host(client_addr), 'this host') FROM pg_stat_activity"
+                " WHERE datname = current_database() AND application_name = 'lab-audio' AND pid <> pg_backend_pid()"
+            )
+        )
+        return sorted(rows.scalars())
+
+
+def known_hosts(engine: Engine) -> list[str]:
+    """Every host that the ledger has a row of, or that has a batch."""
+    with transaction(engine) as connection:
+        return list(
+            connection.execute(
+                text(
+                    "SELECT host FROM hosts WHERE seen_at IS NOT NULL"
+                    " UNION SELECT host FROM batches WHERE host IS NOT NULL ORDER BY host"
+                )
+            ).scalars()
+        )
+
+
+def spare_ids(engine: Engine, highest: int) -> int:
+    """Move the sequence of audio_id so far beyond the highest that the store knows that none is given out twice.
+
+    Recordings that were entered and have no object are not known there: hence the room. Returns the last id before
+    the next.
+    """
+    with transaction(engine) as connection:
+        used = connection.execute(text("SELECT coalesce(max(audio_id), 0) FROM audio_files")).scalar_one()
+        if highest <= used:
+            highest = used
+        last = highest + SPARE_IDS
+        sequence = connection.execute(text(f"SELECT {SEQUENCE}")).scalar_one()
+        now = connection.execute(text(f"SELECT last_value FROM {sequence}")).scalar_one()
+        if now < last:
+            connection.execute(text(f"SELECT setval('{sequence}', :last)"), {"last": last})
+        return max(int(now), last)
+
+
+def open_without_archive(engine: Engine) -> list[str]:
+    """Batches, not failed, whose archive should be in the store."""
+    with transaction(engine) as connection:
+        return list(
+            connection.execute(
+                text("SELECT batch_id FROM batches WHERE state NOT IN ('minted', 'failed') AND archive_gone_at IS NULL")
+            ).scalars()
+        )
+
+
+def adopt_archive(
+    engine: Engine, batch_id: str, job: str, archive: Archive, source: str | None, files: Sequence[SourceFile]
+) -> bool:
+    """Enter a batch that the ledger has forgotten, with the source files that are in its archive. False if known.
+
+    A file that the ledger still gives to a batch that was only minted is in this one since: it is struck there.
+    """
+    with transaction(engine) as connection:
+        entered = connection.execute(
+            text(
+                "INSERT INTO batches (batch_id, state, job, sha256, size, file_count, source, uploaded_at)"
+                " VALUES (:id, 'uploaded', :job, :sha256, :size, :count, :source, now()) ON CONFLICT DO NOTHING"
+            ),
+            {
+                "id": batch_id,
+                "job": job,
+                "sha256": archive.sha256,
+                "size": archive.size,
+                "count": archive.file_count,
+                "source": source,
+            },
+        ).rowcount
+        if not entered or source is None:
+            return entered > 0
+        values = {
+            "id": batch_id,
+            "source": source,
+            "paths": [os.fsencode(file.path) for file in files],
+            "sizes": [file.size for file in files],
+            "mtimes": [file.mtime_ns for file in files],
+        }
+        files_of_it = (
+            "unnest(CAST(:paths AS bytea[]), CAST(:sizes AS bigint[]), CAST(:mtimes AS bigint[]))"
+            " AS f (path, size, mtime_ns)"
+        )
+        connection.execute(
+            text(
+                f"UPDATE source_files s SET struck = 'is in batch ' || :id FROM {files_of_it}, batches b"
+                " WHERE s.source = :source AND s.path = f.path AND s.size = f.size AND s.mtime_ns = f.mtime_ns"
+                " AND s.struck IS NULL AND b.batch_id = s.batch_id AND b.state = 'minted'"
+            ),
+            values,
+        )
+        connection.execute(
+            text(
+                "INSERT INTO source_files (batch_id, source, path, size, mtime_ns)"
+                f" SELECT :id, :source, path, size, mtime_ns FROM {files_of_it} ON CONFLICT DO NOTHING"
+            ),
+            values,
+        )
+        return True
+
+
+def adopt_recording(engine: Engine, audio_id: int, date: str, batch_id: str, member: str, item: str, job: str) -> bool:
+    """Enter a recording whose object the ledger knows nothing of, or believes dead, as pending; its batch is unpacked
+    anew. A batch that is unknown has no archive any more. False if another recording has this place already.
+    """
+    with transaction(engine) as connection:
+        connection.execute(
+            text(
+                "INSERT INTO batches (batch_id, state, job, uploaded_at, archive_gone_at)"
+                " VALUES (:id, 'uploaded', :job, now(), now()) ON CONFLICT DO NOTHING"
+            ),
+            {"id": batch_id, "job": job},
+        )
+        _lock(connection, batch_id)
+        values = {
+            "audio_id": audio_id,
+            "id": batch_id,
+            "member": member,
+            "item": item,
+            "name": PurePosixPath(member).name,
+            "date": date,
+        }
+        changed = connection.execute(
+            text(
+                "INSERT INTO audio_files (audio_id, batch_id, member, item, original_filename, date, state)"
+                " VALUES (:audio_id, :id, :member, :item, :name, CAST(:date AS date), 'pending') ON CONFLICT DO NOTHING"
+            ),
+            values,
+        ).rowcount
+        changed += connection.execute(
+            text(
+                "UPDATE audio_files SET state = 'pending', attempts = 0, reason = NULL, settled_at = NULL,"
+                " dropped_at = NULL WHERE audio_id = :audio_id AND batch_id = :id AND item = :item AND state = 'dead'"
+            ),
+            values,
+        ).rowcount
+        if changed:
+            connection.execute(
+                text(
+                    "UPDATE batches SET state = 'uploaded', host = NULL, quota = NULL, attempts = 0, reason = NULL,"
+                    " job = coalesce(job, :job) WHERE batch_id = :id AND state IN ('complete', 'failed')"
+                ),
+                {"id": batch_id, "job": job},
+            )
+        return changed > 0
+
+
+def note_archive_gone(engine: Engine, batch_id: str, job: str) -> None:
+    """Note that a batch's archive is not in the store; one that was only minted has been through all the same."""
+    with transaction(engine) as connection:
+        _lock(connection, batch_id)
+        connection.execute(
+            text(
+                "UPDATE batches SET archive_gone_at = coalesce(archive_gone_at, now()), job = coalesce(job, :job),"
+                " uploaded_at = coalesce(uploaded_at, now()),"
+                " state = CASE state WHEN 'minted' THEN 'uploaded' ELSE state END WHERE batch_id = :id"
+            ),
+            {"id": batch_id, "job": job},
+        )
+
+
+def _lock(connection: Connection, batch_id: str) -> None:
+    connection.execute(text("SELECT FROM batches WHERE batch_id = :id FOR UPDATE"), {"id": batch_id})

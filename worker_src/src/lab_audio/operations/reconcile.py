@@ -1,0 +1,195 @@
+"""RECONCILE: hosts that are gone lose their batches, Redis is told again what the ledger knows, archives that nobody
+knows are entered, and the rows are compared with the objects.
+
+Everything here may run at any time, beside the workers and beside itself, and may be killed anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+
+from redis import Redis
+from sqlalchemy import Engine
+
+from lab_audio import ledger, queues, s3_utils
+from lab_audio.contracts import UNPACK, new_unpack_job
+from lab_audio.errors import NotFound
+from lab_audio.ledger import Archive, recovery
+from lab_audio.log import get_logger
+from lab_audio.s3_utils import Bucket
+from lab_audio.workers.host import delete_dead_object
+from lab_audio.workers.unpack_worker import transcribe_jobs
+
+PAGE = 1000
+LATE = timedelta(hours=1)  # a worker that another one overtook may still be uploading
+
+
+@dataclass(frozen=True)
+class Stores:
+    engine: Engine
+    client: Redis
+    bucket: Bucket
+
+
+@dataclass
+class Report:
+    """What was done (in a dry run: would be), and what only a person can mend.
+
+    `doubted_hosts` are silent and lose their batches at the next reconcile, if it is 40 s later.
+    """
+
+    doubted_hosts: list[str] = field(default_factory=list)
+    lost_hosts: list[str] = field(default_factory=list)
+    returned_batches: list[str] = field(default_factory=list)
+    adopted_archives: list[str] = field(default_factory=list)
+    pushed_jobs: list[str] = field(default_factory=list)
+    published_batches: list[str] = field(default_factory=list)
+    forgotten_keys: list[str] = field(default_factory=list)
+    deleted_objects: list[str] = field(default_factory=list)
+    objects_without_rows: list[str] = field(default_factory=list)
+    rows_without_objects: list[str] = field(default_factory=list)
+
+
+def reconcile(stores: Stores, grace_seconds: float, *, dry_run: bool = False, audit: bool = True) -> Report:
+    """Put right what can be put right; with `audit` also compare every row with its object. Raises Retryable, Fatal."""
+    report = Report()
+    find_lost_hosts(stores, grace_seconds, report, dry_run=dry_run)
+    adopt_archives(stores, report, dry_run=dry_run)
+    push_jobs(stores, report, dry_run=dry_run)
+    publish_again(stores, report, dry_run=dry_run)
+    forget_keys(stores, report, dry_run=dry_run)
+    if audit:
+        compare_objects(stores, report, dry_run=dry_run)
+    return report
+
+
+def find_lost_hosts(stores: Stores, grace_seconds: float, report: Report, *, dry_run: bool) -> None:
+    """LOST, for hosts that have been silent and doubted; what Redis still has of hosts that are lost goes too."""
+    present = ledger.present_hosts(stores.engine)
+    silent = ledger.silent_hosts(stores.engine, grace_seconds, doubt=not dry_run)
+    report.doubted_hosts += [host for host, doubted in silent if not doubted]
+    gone = [host for host, doubted in silent if doubted]
+    for host in [*gone, *sorted(queues.named_hosts(stores.client) - present.keys())]:
+        if not dry_run:
+            returned = lose_host(stores, host, unless_seen=True)
+            if returned is None:
+                continue
+            report.returned_batches += returned
+        if host in gone:
+            report.lost_hosts.append(host)
+
+
+def lose_host(stores: Stores, host: str, *, unless_seen: bool = False) -> list[str] | None:
+    """LOST: return a host's batches and delete its lists and keys. Returns the batches that are to be unpacked anew;
+    None if it beats again.
+
+    Redis is told within the ledger's transaction: whoever takes or publishes a batch there waits until it is over.
+    """
+    with ledger.losing(stores.engine, host, unless_seen=unless_seen) as batches:
+        if batches is None:
+            return None
+        returned, ended = batches
+        queues.forget_host(stores.client, host)
+        for batch_id in (*returned, *ended):
+            queues.forget_batch(stores.client, batch_id)
+    if returned or ended:
+        get_logger().warning("host lost", host=host, batches=returned)
+    return returned
+
+
+def adopt_archives(stores: Stores, report: Report, *, dry_run: bool) -> None:
+    """Enter archives that other programs put, and whose jobs were lost."""
+    for batch_ids in pages(s3_utils.archives(stores.bucket)):
+        known = recovery.batch_states(stores.engine, batch_ids)
+        for batch_id in batch_ids:
+            if batch_id in known:
+                continue
+            report.adopted_archives.append(batch_id)
+            if not dry_run:
+                try:
+                    info = s3_utils.head_archive(batch_id, bucket=stores.bucket)
+                except NotFound:
+                    continue
+                job = new_unpack_job(batch_id, info.file_count or 0)
+                ledger.adopt(stores.engine, batch_id, job, Archive(info.sha256, info.size, info.file_count))
+
+
+def push_jobs(stores: Stores, report: Report, *, dry_run: bool) -> None:
+    """Push the job of every batch that is to be unpacked and that Redis does not hold."""
+    for batch_id, job in ledger.unqueued(stores.engine, queues.queued_unpack_jobs(stores.client)):
+        report.pushed_jobs.append(batch_id)
+        if not dry_run:
+            queues.push(stores.client, UNPACK, job)
+
+
+def publish_again(stores: Stores, report: Report, *, dry_run: bool) -> None:
+    """PUBLISH every ready batch of which Redis misses a job or the counters."""
+    roots = ledger.present_hosts(stores.engine)
+    flying = {host: queues.transcribe_jobs_of(stores.client, host) for host in roots}
+    for batch_id, host in recovery.ready_batches(stores.engine):
+        root = roots.get(host)
+        if root is None:
+            continue
+        pending = recovery.pending_items(stores.engine, batch_id)
+        if flying[host].issuperset(transcribe_jobs(Path(root), batch_id, pending)) and queues.is_published(
+            stores.client, batch_id
+        ):
+            continue
+        report.published_batches.append(batch_id)
+        if dry_run:
+            continue
+        with ledger.publishing(stores.engine, batch_id, host) as batch:
+            if batch is not None:
+                jobs = transcribe_jobs(Path(root), batch_id, batch.pending)
+                queues.publish(stores.client, host, batch_id, batch.total, batch.processed, jobs)
+
+
+def forget_keys(stores: Stores, report: Report, *, dry_run: bool) -> None:
+    """Delete the keys of batches that nobody has in hand: a Redis that was restored or crashed may have them again."""
+    for batch_id in recovery.keyless_batches(stores.engine, queues.named_batches(stores.client)):
+        report.forgotten_keys.append(batch_id)
+        if not dry_run:
+            queues.forget_batch(stores.client, batch_id)
+
+
+def compare_objects(stores: Stores, report: Report, *, dry_run: bool) -> None:
+    """Compare rows and objects date by date; what looks wrong is looked at once more, for workers are at work."""
+    dates = {*recovery.entered_dates(stores.engine), *s3_utils.processed_dates(stores.bucket)}
+    for date in sorted(dates):
+        rows = recovery.recordings_of(stores.engine, date)
+        objects = s3_utils.processed(stores.bucket, date)
+        for audio_id, key in objects.items():
+            row = rows.get(audio_id)
+            if row is None or row.state == "dead" or row.s3_opus_path not in (None, key):
+                check_object(stores, audio_id, key, report, dry_run=dry_run)
+        for audio_id, row in rows.items():
+            path = row.s3_opus_path
+            if path and objects.get(audio_id) != path and s3_utils.stored_at(stores.bucket, path) is None:
+                report.rows_without_objects.append(path)
+
+
+def check_object(stores: Stores, audio_id: int, key: str, report: Report, *, dry_run: bool) -> None:
+    """An object that no row seems to need: what a dead recording left behind is deleted, else it is reported.
+
+    One that came well after its recording died was not left behind: the ledger may be older than the store.
+    """
+    row = recovery.recording(stores.engine, audio_id)
+    at = s3_utils.stored_at(stores.bucket, key)
+    if at is None or (row is not None and row.state != "dead" and row.s3_opus_path in (None, key)):
+        return
+    if row is None or row.state != "dead" or row.settled_at is None or at > row.settled_at + LATE:
+        report.objects_without_rows.append(key)
+        return
+    report.deleted_objects.append(key)
+    if not dry_run:
+        delete_dead_object(stores.engine, stores.bucket, audio_id, key)
+
+
+def pages(names: Iterable[str]) -> Iterable[list[str]]:
+    names = iter(names)
+    while page := list(islice(names, PAGE)):
+        yield page

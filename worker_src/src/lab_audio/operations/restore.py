@@ -1,0 +1,158 @@
+"""After the database came back from an older dump: the stores know what happened since, and the ledger learns it.
+
+What the dump knows stays; batches that were at work are unpacked anew. Archives that it does not know are entered
+with their source files, from their headers, so that no file is taken twice. Objects that it does not know keep their
+audio_id: they are entered as pending and go through the models again, from their archive or, where that is gone, from
+the Opus itself.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import BinaryIO, cast
+
+from lab_audio import queues, s3_utils
+from lab_audio.contracts import SourceFile, item_of, new_unpack_job
+from lab_audio.errors import ConfigError, NotFound
+from lab_audio.ledger import Archive, recovery
+from lab_audio.log import get_logger
+from lab_audio.media import archive as tar
+from lab_audio.operations.reconcile import Stores, lose_host
+from lab_audio.s3_utils import ArchiveInfo, Origin
+
+READERS = 16
+
+
+@dataclass
+class RestoreReport:
+    """What was done, or in a dry run would be. `unclear_objects`: no metadata of ours, or another row has their place.
+
+    `batches_without_archive`: what is left of them is their objects. If their source files were kept, these come a
+    second time unless they are moved away.
+    """
+
+    returned_batches: list[str] = field(default_factory=list)
+    adopted_archives: list[str] = field(default_factory=list)
+    broken_archives: list[str] = field(default_factory=list)
+    batches_without_archive: list[str] = field(default_factory=list)
+    adopted_objects: list[str] = field(default_factory=list)
+    unclear_objects: list[str] = field(default_factory=list)
+    next_audio_id: int | None = None
+
+
+def restore(stores: Stores, *, dry_run: bool = False) -> RestoreReport:
+    """Bring the ledger up to what the stores hold. May be run again if it was cut short.
+
+    Raises ConfigError while a worker is connected, Retryable, Fatal.
+    """
+    if others := recovery.other_sessions(stores.engine):
+        raise ConfigError(f"workers are connected to the ledger, from {', '.join(others)}: stop all of them first")
+    report = RestoreReport()
+    if not dry_run:
+        queues.forget_everything(stores.client)
+    for host in recovery.known_hosts(stores.engine):
+        if not dry_run:
+            report.returned_batches += lose_host(stores, host) or []
+    new, highest = new_objects(stores)
+    if not dry_run:
+        report.next_audio_id = recovery.spare_ids(stores.engine, highest) + 1
+    archives = set(s3_utils.archives(stores.bucket))
+    for batch_id in sorted(archives):
+        adopt_archive(stores, batch_id, report, dry_run=dry_run)
+    adopt_objects(stores, new, archives, report, dry_run=dry_run)
+    for batch_id in recovery.open_without_archive(stores.engine):
+        if batch_id not in archives and not dry_run:
+            recovery.note_archive_gone(stores.engine, batch_id, new_unpack_job(batch_id, 0))
+    return report
+
+
+def new_objects(stores: Stores) -> tuple[dict[int, tuple[str, str]], int]:
+    """Objects that have no row, or whose recording the ledger believes dead: audio_id to (date, key); and the highest
+    audio_id of all objects.
+    """
+    new: dict[int, tuple[str, str]] = {}
+    highest = 0
+    for date in s3_utils.processed_dates(stores.bucket):
+        rows = recovery.recordings_of(stores.engine, date)
+        for audio_id, key in s3_utils.processed(stores.bucket, date).items():
+            highest = max(highest, audio_id)
+            row = rows.get(audio_id) or recovery.recording(stores.engine, audio_id)
+            if row is None or row.state == "dead":
+                new[audio_id] = date, key
+    return new, highest
+
+
+def adopt_archive(stores: Stores, batch_id: str, report: RestoreReport, *, dry_run: bool) -> None:
+    """Enter an archive that the ledger does not know."""
+    if batch_id in recovery.batch_states(stores.engine, [batch_id]):
+        return
+    report.adopted_archives.append(batch_id)
+    info = s3_utils.head_archive(batch_id, bucket=stores.bucket)
+    files: list[SourceFile] = []
+    if info.source_file is not None:
+        files = [info.source_file]
+    elif info.source is not None:
+        files = headers(stores, info)
+        if info.file_count is not None and len(files) != info.file_count:
+            report.broken_archives.append(batch_id)
+    if not dry_run:
+        job = new_unpack_job(batch_id, info.file_count or 0)
+        archive = Archive(info.sha256, info.size, info.file_count)
+        recovery.adopt_archive(stores.engine, batch_id, job, archive, info.source, files)
+        get_logger().info("archive entered", batch_id=batch_id, source_files=len(files))
+
+
+def headers(stores: Stores, info: ArchiveInfo) -> list[SourceFile]:
+    """The source files that an archive was made of; those before the damage where it is broken."""
+    with s3_utils.open_archive(info, bucket=stores.bucket) as stream:
+        files: list[SourceFile] = []
+        try:
+            files.extend(tar.sources(cast(BinaryIO, stream)))
+        except tar.ArchiveBroken as error:
+            get_logger().warning("archive is broken", key=info.key, reason=str(error))
+        return files
+
+
+def adopt_objects(
+    stores: Stores, new: dict[int, tuple[str, str]], archives: set[str], report: RestoreReport, *, dry_run: bool
+) -> None:
+    """Enter these objects as pending recordings of their batches."""
+
+    def origin(found: tuple[str, str]) -> Origin | None:
+        try:
+            return s3_utils.origin(stores.bucket, found[1])
+        except NotFound:
+            return None
+
+    members: dict[str, dict[str, str]] = {}
+    with ThreadPoolExecutor(READERS) as readers:
+        for (audio_id, (date, key)), found in zip(new.items(), readers.map(origin, new.values()), strict=True):
+            if found is None:
+                report.unclear_objects.append(key)
+                continue
+            batch_id, item = found.batch_id, found.member_sha1[:16]
+            if batch_id not in archives and batch_id not in report.batches_without_archive:
+                report.batches_without_archive.append(batch_id)
+            member = found.member
+            if item_of(member) != item:  # cut, as it was too long for a header
+                if batch_id in archives and batch_id not in members:
+                    members[batch_id] = member_names(stores, batch_id)
+                member = members.get(batch_id, {}).get(item, f"{member}... {item}")
+            if dry_run or recovery.adopt_recording(
+                stores.engine, audio_id, date, batch_id, member, item, new_unpack_job(batch_id, 0)
+            ):
+                report.adopted_objects.append(key)
+            else:
+                report.unclear_objects.append(key)
+
+
+def member_names(stores: Stores, batch_id: str) -> dict[str, str]:
+    """The name of each item of an archive."""
+    info = s3_utils.head_archive(batch_id, bucket=stores.bucket)
+    names: dict[str, str] = {}
+    with s3_utils.open_archive(info, bucket=stores.bucket) as stream, suppress(tar.ArchiveBroken):
+        for member in tar.read(cast(BinaryIO, stream)):
+            names[item_of(member.name)] = member.name
+    return names

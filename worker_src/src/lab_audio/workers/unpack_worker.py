@@ -79,7 +79,7 @@ def run(settings: UnpackSettings, stop: Stop) -> None:
     try:
         while not stop():
             job = patiently(stop, inbox.claim, PAUSE_SECONDS)
-            why = job and handle(host, inbox, job, encoding, stop)
+            why = None if job is None else handle(host, inbox, job, encoding, stop)
             if why:
                 if time.monotonic() - said >= COMPLAIN_SECONDS:
                     said = time.monotonic()

@@ -28,7 +28,7 @@ from lab_audio.workers import host as host_duties
 from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop, exit_code
 
-from tests.chaos.disks import Disk
+from disks import Disk
 from world import BATCH, MODELS, World, eventually, fake_decode
 
 MIB = 1 << 20

@@ -53,7 +53,7 @@ if [ "$profile" = test ]; then
     declare -A program=(
         [swift-proxy]=swift-proxy-server [swift-account]=swift-account-server [swift-container]=swift-container-server
         [swift-object]=swift-object-server [memcached]=memcached [openssh-server]=sshd [openssh-client]=ssh
-        [ffmpeg]=ffmpeg [openssl]=openssl
+        [ffmpeg]=ffmpeg [openssl]=openssl [espeak-ng]=espeak-ng
     )
     for package in "${!program[@]}"; do
         PATH=$PATH:/usr/sbin:/sbin command -v "${program[$package]}" >/dev/null || missing+=("$package")

@@ -358,7 +358,7 @@ class TestLateDeletion:
         def finishing(engine: Any, audio_id: int, *rest: Any) -> Settled:
             if not any(key.startswith("processed/") for key in world.objects()):
                 pytest.fail("nothing was uploaded")
-            ledger.bury(engine, audio_id, "h2", "given up elsewhere")
+            ledger.bury(engine, audio_id, "h1", "given up by another process")
             settled = finish(engine, audio_id, *rest)
             monkeypatch.setattr(ledger, "finish", finish)
             self.retry_and_finish(world)

@@ -238,7 +238,7 @@ def test_a_zombies_upload_of_a_dead_item_goes_again(world: World) -> None:
         upload = gpu_worker.s3_utils.upload_opus
 
         def upload_opus(path: Any, audio_id: int, date: str, **more: Any) -> str:
-            ledger.bury(world.engine, audio_id, "h2", "given up elsewhere")
+            ledger.bury(world.engine, audio_id, "h1", "given up by another process")
             return upload(path, audio_id, date, **more)
 
         gpu_worker.s3_utils.upload_opus = upload_opus

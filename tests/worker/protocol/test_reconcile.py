@@ -271,3 +271,49 @@ def test_reconcile_may_be_killed_anywhere(world: World) -> None:
         world.finish(hosts=["h2"])
         world.run("unpack", "h1")
         assert world.snags() == [], f"killed before {effects[place - 1]}, effect {place}"
+
+
+def test_a_host_may_be_forgotten_again(world: World) -> None:
+    """`hosts forget` that was cut short is run once more."""
+    world.plant_batch(1, NAMES)
+    world.run("unpack", "h1")
+    lose_host(stores(world), "h1")
+    assert "h1 forgotten" in world.command("hosts", "forget", "h1").stdout
+    assert world.client.llen("unpack") == 1
+
+
+def test_a_host_that_was_forgotten_buries_nothing(world: World) -> None:
+    world.plant_batch(1, NAMES)
+    world.run("unpack", "h1")
+    lose_host(stores(world), "h1")
+    reconcile(stores(world), GRACE)
+    world.run("unpack", "h2")
+    (audio_id,) = world.rows("SELECT min(audio_id) FROM audio_files")[0]
+    assert ledger.bury(world.engine, audio_id, "h1", "its own disk is broken").state == "pending"
+    assert ledger.bury(world.engine, audio_id, "h2", "x").state == "dead"
+
+
+def test_an_archive_of_a_transfer_worker_is_entered_with_its_source_files(world: World) -> None:
+    """The ledger can only have forgotten it: it came back from a dump, and nobody said so."""
+    world.plant_files(["a.mp3", "b/b.mp3"])
+    world.run("transfer")
+    world.finish()
+    world.sql("TRUNCATE classifications, transcripts, source_files, audio_files, batches")
+    for key in world.objects():
+        if key.startswith("processed/"):
+            world.bucket.client.delete_object(Bucket=world.bucket.name, Key=key)
+    assert len(reconcile(stores(world), GRACE).adopted_archives) == 1
+    world.run("transfer")
+    world.finish()
+    assert world.snags() == []
+
+
+def test_a_batch_of_which_nothing_is_left_is_failed(world: World) -> None:
+    batch_id = world.plant_batch(1, NAMES)
+    ledger.adopt(world.engine, batch_id, world.job(batch_id, 3), ledger.Archive(None, None, 3))
+    world.bucket.client.delete_object(Bucket=world.bucket.name, Key=f"archives/{batch_id}.tar")
+    world.sql("UPDATE batches SET archive_gone_at = now()")
+    world.run("unpack")
+    assert world.rows("SELECT state, reason FROM batches") == [
+        ("failed", "its archive is gone, and nothing of it is kept")
+    ]

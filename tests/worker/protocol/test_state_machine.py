@@ -167,11 +167,12 @@ class Protocol:
         if ending == "finish":
             result = Result(fake_transcribe(b"x"), fake_classify(["x"])[0])
             settled = ledger.finish(engine, item.audio_id, f"processed/{item.date}/{item.audio_id}.opus", result)
-            new = "done"
+            new, may = "done", True
         else:
             settled = ledger.bury(engine, item.audio_id, host, "bad")
-            new = "dead"
-        assert settled.changed == (self.items[place] == "pending")
+            batch = self.batches[item.batch_id]
+            new, may = "dead", (batch["state"], batch["host"]) == ("ready", host)
+        assert settled.changed == (may and self.items[place] == "pending")
         if settled.changed:
             self.items[place] = new
         assert settled.state == self.items[place]
@@ -179,6 +180,10 @@ class Protocol:
         assert (settled.processed, settled.total) == (self.processed(item.batch_id), len(names))
         if settled.processed == settled.total and self.batches[item.batch_id]["state"] == "ready":
             self.batches[item.batch_id]["state"] = "complete"
+        if settled.state == "pending":
+            inbox.drop(job)
+            del self.working[host]
+            return
         if acknowledge:
             inbox.ack(job, item.batch_id, settled.processed)
             del self.working[host]

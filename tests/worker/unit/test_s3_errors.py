@@ -273,3 +273,25 @@ def test_a_put_that_the_store_only_said_it_did(tmp_path: Path, bucket: Bucket) -
         store.add_response("head_bucket", {})
         with pytest.raises(Retryable, match="said that it has it"):
             s3_utils.upload_opus(tmp_path / "x.opus", 1, "2025-06-22", bucket=bucket)
+
+
+def test_a_404_to_what_is_being_stored_blames_nobody(tmp_path: Path, bucket: Bucket) -> None:
+    """A proxy that does not find its backend answers so."""
+    (tmp_path / "x.opus").write_bytes(b"sound")
+    with Stubber(bucket.client) as store:
+        store.add_client_error("put_object", "404", http_status_code=404)
+        store.add_response("head_bucket", {})
+        with pytest.raises(Retryable, match="though it was to be stored"):
+            s3_utils.upload_opus(tmp_path / "x.opus", 1, "2025-06-22", bucket=bucket)
+
+
+def test_a_404_to_a_part_of_an_archive_that_is_there(bucket: Bucket) -> None:
+    info = s3_utils.ArchiveInfo(KEY, 10, None, None)
+    with Stubber(bucket.client) as store:
+        store.add_client_error("get_object", "404", http_status_code=404)
+        store.add_response("head_object", {"ContentLength": 10})
+        with (
+            s3_utils.open_archive(info, bucket=bucket) as stream,
+            pytest.raises(Retryable, match="though it is there"),
+        ):
+            stream.drain()

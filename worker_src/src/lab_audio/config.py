@@ -171,7 +171,9 @@ class ReconcileSettings(StoreSettings):
 class RetentionSettings(StoreSettings, HostSettings):
     """`lab-audio retention`."""
 
-    retention_days: int = Field(7, ge=1, description="Days that an archive is kept once its batch is complete")
+    retention_days: int = Field(
+        7, ge=1, le=36_500, description="Days that an archive is kept once its batch is complete"
+    )
 
 
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)

@@ -203,7 +203,7 @@ def upload_archive(
         metadata["source"] = as_header(source)
     if source_file is not None:
         metadata |= {"source-path": as_header(source_file.path), "source-mtime-ns": str(source_file.mtime_ns)}
-    with asking(bucket, "Upload", key):
+    with _storing(bucket, key), asking(bucket, "Upload", key):
         # boto3 aborts a multipart upload on any exception. Its other transfer client ignores endpoint_url.
         bucket.client.upload_file(
             str(local_path),
@@ -347,6 +347,13 @@ class ArchiveStream(io.RawIOBase):
     def _fetch(self, start: int) -> bytearray:
         """One range. botocore tries a request again, but not a body that breaks off: that is done here."""
         length = min(self._range_size, self._info.size - start)
+        try:
+            return self._ask_for(start, length)
+        except NotFound as error:
+            _head(self._bucket, self._info.key)
+            raise Retryable(f"{error}, though it is there: is that the store's answer?", STORE) from error
+
+    def _ask_for(self, start: int, length: int) -> bytearray:
         conditions = {"IfMatch": f'"{self._info.etag}"'} if self._info.etag else {}
         with asking(self._bucket, "GetObject", self._info.key):
             for last in (False, False, True):
@@ -411,7 +418,7 @@ def upload_opus(
         metadata["batch_id"] = batch_id
     if member is not None:
         metadata |= _member_metadata(member)
-    with asking(bucket, "PutObject", key):
+    with _storing(bucket, key), asking(bucket, "PutObject", key):
         bucket.client.put_object(
             Bucket=bucket.name,
             Key=key,
@@ -719,6 +726,16 @@ def _head(bucket: Bucket, key: str) -> dict[str, Any]:
         # A 404 to HEAD does not say what is missing; were it the bucket, no object would be to blame.
         check_bucket(bucket)
         raise
+
+
+@contextmanager
+def _storing(bucket: Bucket, key: str) -> Iterator[None]:
+    """What is being stored cannot be missing: a 404 comes from something before the store, unless the bucket is."""
+    try:
+        yield
+    except NotFound as error:
+        check_bucket(bucket)
+        raise Retryable(f"{error}, though it was to be stored: is that the store's answer?", STORE) from error
 
 
 def _head_stored(bucket: Bucket, key: str) -> dict[str, Any]:

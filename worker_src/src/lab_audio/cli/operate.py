@@ -78,10 +78,10 @@ def forget(host: Annotated[str, typer.Argument(help="Host that will not come bac
         settings = config.load(config.ReconcileSettings)
         log.configure(settings.log_level)
         stores = open_stores(settings)
-        known = [view.host for view in ledger.seen_hosts(stores.engine)]
+        if ledger.disk_of(stores.engine, host) is None:
+            known = ", ".join(view.host for view in ledger.seen_hosts(stores.engine)) or "none"
+            raise ConfigError(f"no host is called {host}; known: {known}")
         returned = reconciling.lose_host(stores, host)
-        if host not in known and not returned:
-            raise ConfigError(f"no host is called {host}; known: {', '.join(known) or 'none'}")
         for _, job in ledger.unqueued(stores.engine, queues.queued_unpack_jobs(stores.client)):
             queues.push(stores.client, UNPACK, job)
         typer.echo(f"{host} forgotten; batches to be unpacked anew: {', '.join(returned or []) or 'none'}")

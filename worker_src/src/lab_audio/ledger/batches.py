@@ -144,18 +144,19 @@ def take(engine: Engine, batch_id: str, host: str, capacity: int) -> Taken | Ref
         if batch.state != "uploaded" and not (batch.state == "unpacking" and batch.host == host):
             why = f"it is {batch.state}" + (f" on {batch.host}" if batch.host else "")
             return Refused(why, "tail" if batch.state == "unpacking" else "drop")
-        quota = batch.quota
+        quota, largest = batch.quota, _largest_quota(connection, host)
         if quota is None:  # what seems to need more may well do with half of the largest scratch
-            half = (_largest_quota(connection, host) + 1) // 2
-            quota = min(half, estimated_room(batch.size or 0, batch.file_count or 0))
+            quota = min((largest + 1) // 2, estimated_room(batch.size or 0, batch.file_count or 0))
+        quota = min(quota, largest)  # which may have been another host's that is lost
         room = capacity - _reserved(connection, host, batch_id)
         if batch.host != host and quota > room:
             why = f"it needs {quota} bytes of scratch, {max(0, room)} are free for it on {host}"
-            return Refused(why, "head" if quota <= most_here else "tail")
+            return Refused(why, "head" if room < capacity and quota <= most_here else "tail")
         attempts = connection.execute(
             text(
                 "UPDATE batches SET state = 'unpacking', host = :host, quota = :quota, unpacking_at = now(),"
-                " attempts = attempts + 1 WHERE batch_id = :id RETURNING attempts"
+                " attempts = attempts + CASE state WHEN 'unpacking' THEN 0 ELSE 1 END"
+                " WHERE batch_id = :id RETURNING attempts"
             ),
             {"id": batch_id, "host": host, "quota": quota},
         ).scalar_one()
@@ -239,7 +240,8 @@ def seal(
 ) -> str | None:
     """Enter all items of a batch at once. Returns its new state, `ready` or `complete`; None if it is no longer ours.
 
-    Items that are settled stay as they are. From now on no more scratch is set aside than the items take.
+    Items that are settled stay as they are; one that is pending and not among these is dead, for it would be waited
+    for without end. From now on no more scratch is set aside than the items take.
     """
     with transaction(engine) as connection:
         batch = _locked(connection, batch_id)
@@ -269,6 +271,13 @@ def seal(
                 "reasons": [i.reason for i in items],
             },
         )
+        connection.execute(
+            text(
+                "UPDATE audio_files SET state = 'dead', reason = 'is not in the archive', settled_at = now()"
+                " WHERE batch_id = :id AND state = 'pending' AND item <> ALL(CAST(:items AS text[]))"
+            ),
+            {"id": batch_id, "items": [i.item for i in items]},
+        )
         pending = connection.execute(
             text("SELECT EXISTS (SELECT FROM audio_files WHERE batch_id = :id AND state = 'pending')"),
             {"id": batch_id},
@@ -277,7 +286,8 @@ def seal(
         connection.execute(
             text(
                 f"UPDATE batches SET state = :state, ready_at = now(), complete_at = {'NULL' if pending else 'now()'},"
-                " sha256 = :sha256, size = :size, flags = CAST(:flags AS text[]), quota = :quota WHERE batch_id = :id"
+                " sha256 = :sha256, size = :size, flags = CAST(:flags AS text[]), quota = :quota, attempts = 0"
+                " WHERE batch_id = :id"
             ),
             {
                 "id": batch_id,

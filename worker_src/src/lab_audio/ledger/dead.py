@@ -184,38 +184,40 @@ def drop_batch(engine: Engine, batch_id: str) -> int | None:
 
 @contextmanager
 def holding_dead(engine: Engine, audio_id: int) -> Iterator[bool]:
-    """Hold a recording's batch; yields whether the recording is dead, so that its object may be deleted.
+    """Hold a recording's batch; yields whether the recording is dead and in its archive, so that its object may go.
 
     Without the hold it could be retried and done meanwhile, and a late deletion would take its new object.
     """
     with transaction(engine) as connection:
-        connection.execute(
+        connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))  # a store may take its time
+        archived = connection.execute(
             text(
-                "SELECT FROM batches"
+                "SELECT archive_gone_at IS NULL FROM batches"
                 " WHERE batch_id = (SELECT batch_id FROM audio_files WHERE audio_id = :id) FOR UPDATE"
             ),
             {"id": audio_id},
-        )
+        ).scalar_one_or_none()
         state = connection.execute(
             text("SELECT state FROM audio_files WHERE audio_id = :id"), {"id": audio_id}
         ).scalar_one_or_none()
-        yield state == "dead"
+        yield bool(archived) and state == "dead"
 
 
 def expire_archive(engine: Engine, batch_id: str, *, days: int = 0, dry_run: bool = False) -> bool:
     """Whether an archive is to be deleted now; notes, before it is, that the batch is without it.
 
     That is the archive of a batch that has been complete for `days`. One with a dead recording, or that is a broken
-    tar, is kept until that is dropped. One that was noted before is to be deleted still: the deletion was cut short.
+    tar, is kept until that is dropped; with any flag it does not go at once. One that was noted before is to be
+    deleted still: the deletion was cut short.
     """
     with transaction(engine) as connection:
         connection.execute(text("SELECT FROM batches WHERE batch_id = :id FOR UPDATE"), {"id": batch_id})
         expired = connection.execute(
             text(
                 "SELECT archive_gone_at IS NOT NULL OR complete_at <= now() - make_interval(days => :days)"
-                f" AND (dropped_at IS NOT NULL OR NOT {BROKEN_ARCHIVE}) AND NOT EXISTS (SELECT FROM audio_files a"
-                " WHERE a.batch_id = b.batch_id AND a.state = 'dead' AND a.dropped_at IS NULL)"
-                " FROM batches b WHERE batch_id = :id AND state = 'complete'"
+                f" AND (dropped_at IS NOT NULL OR flags = '{{}}' OR :days > 0 AND NOT {BROKEN_ARCHIVE})"
+                " AND NOT EXISTS (SELECT FROM audio_files a WHERE a.batch_id = b.batch_id AND a.state = 'dead'"
+                " AND a.dropped_at IS NULL) FROM batches b WHERE batch_id = :id AND state = 'complete'"
             ),
             {"id": batch_id, "days": days},
         ).scalar_one_or_none()

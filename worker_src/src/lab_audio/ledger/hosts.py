@@ -112,6 +112,7 @@ def losing(engine: Engine, host: str, *, unless_seen: bool = False) -> Iterator[
     finds that the batches are not its own. With `unless_seen` yields None for a host that beats again.
     """
     with transaction(engine) as connection:
+        connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))  # Redis may take its time
         row = connection.execute(
             text("SELECT seen_at, doubted_at FROM hosts WHERE host = :host FOR UPDATE"), {"host": host}
         ).one_or_none()
@@ -130,7 +131,8 @@ def _lose(connection: Connection, host: str) -> tuple[list[str], list[str]]:
     """Take all its batches from a host whose row is locked. Returns those that were open and those that were ended."""
     reopened = connection.execute(
         text(
-            "UPDATE batches SET state = 'uploaded', host = NULL, quota = NULL"
+            "UPDATE batches SET state = 'uploaded', host = NULL, quota = NULL,"
+            " attempts = CASE state WHEN 'unpacking' THEN greatest(attempts - 1, 0) ELSE attempts END"
             " WHERE host = :host AND state IN ('unpacking', 'ready') RETURNING batch_id"
         ),
         {"host": host},

@@ -125,13 +125,17 @@ def finish(engine: Engine, audio_id: int, s3_opus_path: str, result: Result) -> 
 
 
 def bury(engine: Engine, audio_id: int, host: str, reason: str) -> Settled:
-    """Set an item aside: pending becomes dead, with host and reason. A settled item stays as it is."""
+    """Set an item aside: pending becomes dead, with host and reason, if its batch is this host's.
+
+    A settled item stays as it is, and so does one that another host has now.
+    """
     with transaction(engine) as connection:
         batch_id = _lock_batch_of(connection, audio_id)
         changed = connection.execute(
             text(
-                "UPDATE audio_files SET state = 'dead', host = :host, reason = :reason, settled_at = now()"
-                " WHERE audio_id = :id AND state = 'pending'"
+                "UPDATE audio_files a SET state = 'dead', host = :host, reason = :reason, settled_at = now()"
+                " FROM batches b WHERE a.audio_id = :id AND a.state = 'pending'"
+                " AND b.batch_id = a.batch_id AND b.host = :host AND b.state = 'ready'"
             ),
             {"id": audio_id, "host": host, "reason": reason},
         ).rowcount

@@ -143,20 +143,64 @@ def spare_ids(engine: Engine, highest: int) -> int:
         return max(int(now), last)
 
 
-def open_without_archive(engine: Engine) -> list[str]:
-    """Batches, not failed, whose archive should be in the store."""
+def archived_batches(engine: Engine) -> list[str]:
+    """Batches, not failed, whose archive should be in the store, or has been: of minted ones those with recordings."""
     with transaction(engine) as connection:
         return list(
             connection.execute(
-                text("SELECT batch_id FROM batches WHERE state NOT IN ('minted', 'failed') AND archive_gone_at IS NULL")
+                text(
+                    "SELECT batch_id FROM batches b WHERE archive_gone_at IS NULL AND state <> 'failed'"
+                    " AND (state <> 'minted' OR EXISTS (SELECT FROM audio_files a WHERE a.batch_id = b.batch_id))"
+                )
             ).scalars()
         )
+
+
+def open_without_archive(engine: Engine) -> list[str]:
+    """Batches to be unpacked from their Opus, of which no source is known."""
+    with transaction(engine) as connection:
+        return list(
+            connection.execute(
+                text(
+                    "SELECT batch_id FROM batches WHERE state = 'uploaded' AND archive_gone_at IS NOT NULL"
+                    " AND source IS NULL ORDER BY batch_id"
+                )
+            ).scalars()
+        )
+
+
+def without_all_sources(engine: Engine) -> list[str]:
+    """Batches to be unpacked with fewer source files than recordings; one that was a .tar there has one file."""
+    with transaction(engine) as connection:
+        return list(
+            connection.execute(
+                text(
+                    "SELECT b.batch_id FROM batches b LEFT JOIN source_files s"
+                    " ON s.batch_id = b.batch_id AND s.struck IS NULL"
+                    " WHERE b.state = 'uploaded' AND b.source IS NOT NULL GROUP BY b.batch_id"
+                    " HAVING count(s.path) < b.file_count AND NOT coalesce("
+                    "bool_or(lower(encode(substring(s.path FROM length(s.path) - 3), 'escape')) = '.tar'), false)"
+                    " ORDER BY b.batch_id"
+                )
+            ).scalars()
+        )
+
+
+def unknown_sources(engine: Engine, batch_ids: Collection[str]) -> list[str]:
+    """Those of these batches that the ledger does not know, or of which it knows no source."""
+    with transaction(engine) as connection:
+        known = connection.execute(
+            text("SELECT batch_id FROM batches WHERE batch_id = ANY(:ids) AND source IS NOT NULL"),
+            {"ids": list(batch_ids)},
+        ).scalars()
+        return sorted(set(batch_ids) - set(known))
 
 
 def adopt_archive(
     engine: Engine, batch_id: str, job: str, archive: Archive, source: str | None, files: Sequence[SourceFile]
 ) -> bool:
-    """Enter a batch that the ledger has forgotten, with the source files that are in its archive. False if known.
+    """Enter a batch that the ledger has forgotten, with the source files that are in its archive. One that is known
+    gets its source, if that was unknown. False if nothing is new.
 
     A file that the ledger still gives to a batch that was only minted is in this one since: it is struck there.
     """
@@ -164,7 +208,9 @@ def adopt_archive(
         entered = connection.execute(
             text(
                 "INSERT INTO batches (batch_id, state, job, sha256, size, file_count, source, uploaded_at)"
-                " VALUES (:id, 'uploaded', :job, :sha256, :size, :count, :source, now()) ON CONFLICT DO NOTHING"
+                " VALUES (:id, 'uploaded', :job, :sha256, :size, :count, :source, now())"
+                " ON CONFLICT (batch_id) DO UPDATE SET source = excluded.source"
+                " WHERE batches.source IS NULL AND excluded.source IS NOT NULL"
             ),
             {
                 "id": batch_id,

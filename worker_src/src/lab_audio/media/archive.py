@@ -164,9 +164,11 @@ def read(stream: Readable) -> Iterator[Member]:
         yield Member(name, info.size, file, problem)
 
 
-def sources(stream: Readable) -> list[SourceFile]:
+def sources(stream: Readable) -> Iterator[SourceFile]:
     """What `build` was given: path, size and exact mtime of each regular member. Raises as `read` does."""
-    return [SourceFile.from_tar(info) for info in _entries(_Forward(stream)) if not _problem(info)]
+    for info in _entries(_Forward(stream)):
+        if not _problem(info):
+            yield SourceFile.from_tar(info)
 
 
 def _problem(info: tarfile.TarInfo) -> str | None:

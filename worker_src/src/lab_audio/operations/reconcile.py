@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from redis import Redis
 from sqlalchemy import Engine
 
 from lab_audio import ledger, queues, s3_utils
-from lab_audio.contracts import UNPACK, new_unpack_job
+from lab_audio.contracts import UNPACK, SourceFile, new_unpack_job
 from lab_audio.errors import NotFound
 from lab_audio.ledger import Archive, recovery
 from lab_audio.log import get_logger
-from lab_audio.s3_utils import Bucket
+from lab_audio.media import archive as tar
+from lab_audio.s3_utils import ArchiveInfo, Bucket
 from lab_audio.workers.host import delete_dead_object
 from lab_audio.workers.unpack_worker import transcribe_jobs
 
@@ -106,16 +108,41 @@ def adopt_archives(stores: Stores, report: Report, *, dry_run: bool) -> None:
     for batch_ids in pages(s3_utils.archives(stores.bucket)):
         known = recovery.batch_states(stores.engine, batch_ids)
         for batch_id in batch_ids:
-            if batch_id in known:
-                continue
-            report.adopted_archives.append(batch_id)
-            if not dry_run:
-                try:
-                    info = s3_utils.head_archive(batch_id, bucket=stores.bucket)
-                except NotFound:
-                    continue
-                job = new_unpack_job(batch_id, info.file_count or 0)
-                ledger.adopt(stores.engine, batch_id, job, Archive(info.sha256, info.size, info.file_count))
+            if batch_id not in known and adopt_archive(stores, batch_id, dry_run=dry_run):
+                report.adopted_archives.append(batch_id)
+
+
+def adopt_archive(stores: Stores, batch_id: str, *, dry_run: bool) -> bool:
+    """Enter an archive; one of a transfer worker, which the ledger can only have forgotten, with its source files.
+
+    False if there is nothing to enter: it has gone, or its source is known.
+    """
+    try:
+        info = s3_utils.head_archive(batch_id, bucket=stores.bucket)
+    except NotFound:
+        return False
+    if dry_run:
+        return True
+    files: list[SourceFile] = []
+    if info.source_file is not None:
+        files = [info.source_file]
+    elif info.source is not None:
+        files = headers(stores, info)
+    job = new_unpack_job(batch_id, info.file_count or 0)
+    archive = Archive(info.sha256, info.size, info.file_count)
+    return recovery.adopt_archive(stores.engine, batch_id, job, archive, info.source, files)
+
+
+def headers(stores: Stores, info: ArchiveInfo) -> list[SourceFile]:
+    """The source files that an archive was made of; those before the damage where it is broken."""
+    files: list[SourceFile] = []
+    with s3_utils.open_archive(info, bucket=stores.bucket) as stream:
+        try:
+            for file in tar.sources(cast(BinaryIO, stream)):
+                files.append(file)
+        except tar.ArchiveBroken as error:
+            get_logger().warning("archive is broken", key=info.key, reason=str(error))
+    return files
 
 
 def push_jobs(stores: Stores, report: Report, *, dry_run: bool) -> None:
@@ -184,9 +211,8 @@ def check_object(stores: Stores, audio_id: int, key: str, report: Report, *, dry
     if row is None or row.state != "dead" or row.settled_at is None or at > row.settled_at + LATE:
         report.objects_without_rows.append(key)
         return
-    report.deleted_objects.append(key)
-    if not dry_run:
-        delete_dead_object(stores.engine, stores.bucket, audio_id, key)
+    if delete_dead_object(stores.engine, stores.bucket, audio_id, key, dry_run=dry_run):
+        report.deleted_objects.append(key)
 
 
 def pages(names: Iterable[str]) -> Iterable[list[str]]:

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, cast
 
 from lab_audio import queues, s3_utils
-from lab_audio.contracts import SourceFile, item_of, new_unpack_job
+from lab_audio.contracts import archive_key, item_of, new_unpack_job
 from lab_audio.errors import ConfigError, NotFound
-from lab_audio.ledger import Archive, recovery
-from lab_audio.log import get_logger
+from lab_audio.ledger import recovery
 from lab_audio.media import archive as tar
-from lab_audio.operations.reconcile import Stores, lose_host
-from lab_audio.s3_utils import ArchiveInfo, Origin
+from lab_audio.operations.reconcile import Stores, adopt_archive, lose_host, pages
+from lab_audio.s3_utils import Origin
 
 READERS = 16
 
@@ -30,7 +29,8 @@ class RestoreReport:
     """What was done, or in a dry run would be. `unclear_objects`: no metadata of ours, or another row has their place.
 
     `batches_without_archive`: what is left of them is their objects. If their source files were kept, these come a
-    second time unless they are moved away.
+    second time unless they are moved away. `broken_archives`: not all source files are known. Both as they stand now,
+    also where an earlier run was cut short.
     """
 
     returned_batches: list[str] = field(default_factory=list)
@@ -59,12 +59,21 @@ def restore(stores: Stores, *, dry_run: bool = False) -> RestoreReport:
     if not dry_run:
         report.next_audio_id = recovery.spare_ids(stores.engine, highest) + 1
     archives = set(s3_utils.archives(stores.bucket))
-    for batch_id in sorted(archives):
-        adopt_archive(stores, batch_id, report, dry_run=dry_run)
+    for page in pages(sorted(archives)):
+        for batch_id in recovery.unknown_sources(stores.engine, page):
+            if adopt_archive(stores, batch_id, dry_run=dry_run):
+                report.adopted_archives.append(batch_id)
     adopt_objects(stores, new, archives, report, dry_run=dry_run)
-    for batch_id in recovery.open_without_archive(stores.engine):
-        if batch_id not in archives and not dry_run:
+    for batch_id in recovery.archived_batches(stores.engine):
+        # A listing may lag behind: the object itself decides.
+        if (
+            batch_id not in archives
+            and s3_utils.stored_at(stores.bucket, archive_key(batch_id)) is None
+            and not dry_run
+        ):
             recovery.note_archive_gone(stores.engine, batch_id, new_unpack_job(batch_id, 0))
+    report.batches_without_archive += recovery.open_without_archive(stores.engine)
+    report.broken_archives += recovery.without_all_sources(stores.engine)
     return report
 
 
@@ -82,37 +91,6 @@ def new_objects(stores: Stores) -> tuple[dict[int, tuple[str, str]], int]:
             if row is None or row.state == "dead":
                 new[audio_id] = date, key
     return new, highest
-
-
-def adopt_archive(stores: Stores, batch_id: str, report: RestoreReport, *, dry_run: bool) -> None:
-    """Enter an archive that the ledger does not know."""
-    if batch_id in recovery.batch_states(stores.engine, [batch_id]):
-        return
-    report.adopted_archives.append(batch_id)
-    info = s3_utils.head_archive(batch_id, bucket=stores.bucket)
-    files: list[SourceFile] = []
-    if info.source_file is not None:
-        files = [info.source_file]
-    elif info.source is not None:
-        files = headers(stores, info)
-        if info.file_count is not None and len(files) != info.file_count:
-            report.broken_archives.append(batch_id)
-    if not dry_run:
-        job = new_unpack_job(batch_id, info.file_count or 0)
-        archive = Archive(info.sha256, info.size, info.file_count)
-        recovery.adopt_archive(stores.engine, batch_id, job, archive, info.source, files)
-        get_logger().info("archive entered", batch_id=batch_id, source_files=len(files))
-
-
-def headers(stores: Stores, info: ArchiveInfo) -> list[SourceFile]:
-    """The source files that an archive was made of; those before the damage where it is broken."""
-    with s3_utils.open_archive(info, bucket=stores.bucket) as stream:
-        files: list[SourceFile] = []
-        try:
-            files.extend(tar.sources(cast(BinaryIO, stream)))
-        except tar.ArchiveBroken as error:
-            get_logger().warning("archive is broken", key=info.key, reason=str(error))
-        return files
 
 
 def adopt_objects(
@@ -133,10 +111,9 @@ def adopt_objects(
                 report.unclear_objects.append(key)
                 continue
             batch_id, item = found.batch_id, found.member_sha1[:16]
-            if batch_id not in archives and batch_id not in report.batches_without_archive:
-                report.batches_without_archive.append(batch_id)
             member = found.member
-            if item_of(member) != item:  # cut, as it was too long for a header
+            if item_of(member) != item:  # cut, as it was too long for a header, perhaps within a letter
+                member = member.encode("utf-8", "surrogateescape").decode("utf-8", "ignore")
                 if batch_id in archives and batch_id not in members:
                     members[batch_id] = member_names(stores, batch_id)
                 member = members.get(batch_id, {}).get(item, f"{member}... {item}")

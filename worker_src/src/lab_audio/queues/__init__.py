@@ -220,9 +220,11 @@ def forget_everything(client: redis.Redis) -> None:
     """Delete every key of ours but `dead`: the ledger knows it all."""
     with _translated(client):
         names = [UNPACK, TRANSCRIBE]
-        for pattern in (f"{TRANSCRIBE}:*", "processing:*", "batch:*"):
+        for pattern in (f"{TRANSCRIBE}:*", "processing:*"):
             names += client.scan_iter(match=pattern, count=1000)
         client.delete(*names)
+    for batch_id in named_batches(client):
+        forget_batch(client, batch_id)
 
 
 def queued_unpack_jobs(client: redis.Redis) -> list[str]:

@@ -39,7 +39,7 @@ from lab_audio.contracts import (
     processing_list,
     transcribe_list,
 )
-from lab_audio.errors import ConfigError, Fatal, LabAudioError, Permanent
+from lab_audio.errors import ConfigError, Fatal, LabAudioError, Permanent, Retryable
 from lab_audio.ledger import Item
 from lab_audio.media import transcode
 from lab_audio.workers.host import (
@@ -58,6 +58,7 @@ from lab_audio.workers.recognition import Models, load_models, prove, watchdog
 
 IDLE_SECONDS = 2
 WATCH_SECONDS = 1.0
+HAND_BACK_PAUSE = 0.5
 STEADY_SECONDS = 600.0
 TURNED_SICK = "its worker turned sick"
 PR_SET_PDEATHSIG = 1
@@ -122,7 +123,7 @@ class Slot:
         self.ahead: deque[tuple[str, Future[Work | None]]] = deque()
         self.hand: list[Work] = []
         self.suspects: deque[Work] = deque()
-        self.behind: deque[Future[None]] = deque()
+        self.behind: deque[tuple[Work, Future[None]]] = deque()
         self.sickness: str | None = None
         self.full = False
 
@@ -324,7 +325,7 @@ class Slot:
             self.full = True
 
     def _send(self, work: Work) -> None:
-        self.behind.append(self.uploaders.submit(self._settle, work))
+        self.behind.append((work, self.uploaders.submit(self._settle, work)))
 
     def _settle(self, work: Work) -> None:
         """Bring a result home. After an unknown error it is forgotten, and the recording is suspect."""
@@ -335,6 +336,7 @@ class Slot:
         except Exception as error:
             work.result_path.unlink(missing_ok=True)
             work.went_wrong(error)
+            work.refused = False  # a store's word against a recording proves nothing
             self.suspects.append(work)
 
     def _bring_home(self, work: Work) -> None:
@@ -366,6 +368,9 @@ class Slot:
         """BURY an item, then delete an object that an earlier attempt may have put."""
         item, host = work.item, self.host
         settled = patiently(self.stop, ledger.bury, host.engine, item.audio_id, host.name, reason)
+        if settled.state == "pending":
+            patiently(self.stop, drop_stale, host, self.inbox, work.job, item.batch_id)
+            return
         if settled.state == "dead":
             key = processed_key(item.date, item.audio_id)
             patiently(self.stop, delete_dead_object, host.engine, host.bucket, item.audio_id, key)
@@ -378,28 +383,28 @@ class Slot:
 
     def _reap(self, most: int) -> None:
         """Wait until at most so many uploads are under way; raises what went wrong in one."""
-        for future in [future for future in self.behind if future.done()]:
-            self.behind.remove(future)
+        done = [future for _, future in self.behind if future.done()]
+        self.behind = deque((work, future) for work, future in self.behind if future not in done)
+        for future in done:
             future.result()
         while len(self.behind) > most:
-            self.behind.popleft().result()
+            self.behind.popleft()[1].result()
 
     def _leave(self) -> None:
         """Finish uploads; what did not come through goes uncounted back to the head of the list, in order."""
         self.stop.event.set()  # also where an error ends the slot: no thread waits for a store any longer
         self.decoders.shutdown(wait=True, cancel_futures=True)
-        self.uploaders.shutdown(wait=True)
-        failures = [future.exception() for future in self.behind]
+        # A sick worker ends soon: results that wait for their turn lie on scratch, and the next process sends them.
+        self.uploaders.shutdown(wait=True, cancel_futures=self.sickness is not None)
+        unsent = [work for work, future in self.behind if future.cancelled()]
+        failures = [future.exception() for _, future in self.behind if not future.cancelled()]
         left = [*self.suspects, *self.hand]
         prepared = [
             job for job, future in self.ahead if future.cancelled() or future.exception() or future.result() is not None
         ]
+        self._hand_back([*left, *(work for work in unsent if not work.result_path.exists())])
         try:
-            self._hand_back(left)
-        except LabAudioError as error:
-            log.get_logger().warning("attempts stay counted", error=str(error))
-        try:
-            for job in reversed([*(work.job for work in left), *prepared]):
+            for job in reversed([*(work.job for work in (*unsent, *left)), *prepared]):
                 self.inbox.move(job, self.inbox.source, "head")
         except LabAudioError as error:
             log.get_logger().warning("jobs stay in the slot's list", error=str(error))
@@ -418,7 +423,18 @@ class Slot:
             note = plain(f"{TURNED_SICK}: {self.sickness}") if self.sickness and work is first else None
             again = note is not None and (work.item.reason or "").startswith(TURNED_SICK)
             if not again:
+                self._take_back(work, note)
+
+    def _take_back(self, work: Work, note: str | None) -> None:
+        """Take one attempt back; where the connection was lost, over another one."""
+        for left in (2, 1, 0):
+            try:
                 ledger.hand_back(self.host.engine, work.item.audio_id, work.item.attempts, note)
+                return
+            except Retryable as error:
+                if not left:
+                    log.get_logger().warning("an attempt stays counted", error=str(error))
+                time.sleep(HAND_BACK_PAUSE if left else 0)
 
 
 def work_slot(settings: GpuSettings, models: Callable[[], Models], stop: Stop) -> None:

@@ -155,11 +155,15 @@ def queue_waiting(engine: Engine, client: Redis, batch_id: str) -> None:
         queues.push(client, UNPACK, job)
 
 
-def delete_dead_object(engine: Engine, bucket: Bucket, audio_id: int, key: str) -> None:
-    """Delete what an attempt put of a recording that is dead now; nothing if that was retried meanwhile."""
+def delete_dead_object(engine: Engine, bucket: Bucket, audio_id: int, key: str, *, dry_run: bool = False) -> bool:
+    """Delete what an attempt put of a recording that is dead now, and tell whether it is to be deleted.
+
+    Not if the recording was retried meanwhile, nor where no archive has it any more.
+    """
     with ledger.holding_dead(engine, audio_id) as dead:
-        if dead:
+        if dead and not dry_run:
             delete_opus(key, bucket=bucket)
+        return dead
 
 
 def drop_stale(host: Host, inbox: queues.Inbox, job: str, batch_id: str) -> None:

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 COMPLAIN_SECONDS = 60
 _complained: dict[str, float] = {}  # when each store was last said to be away
+_away: set[str] = set()  # those of which that was the last that was said
 
 
 class Stopped(Exception):
@@ -63,14 +64,15 @@ class Stop:
 
 def patiently(stop: Stop, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call `act` until its store answers, saying so once a minute. Raises Stopped if asked to stop meanwhile."""
-    away: set[str] = set()
+    missed: set[str] = set()
 
     def complain(state: tenacity.RetryCallState) -> None:
         error = state.outcome and state.outcome.exception()
         store = error.store if isinstance(error, Retryable) else ""
-        away.add(store)
+        missed.add(store)
         if time.monotonic() - _complained.get(store, -float(COMPLAIN_SECONDS)) >= COMPLAIN_SECONDS:
             _complained[store] = time.monotonic()
+            _away.add(store)
             get_logger().warning("waiting for a store", error=str(error))
 
     def give_up(state: tenacity.RetryCallState) -> Any:
@@ -85,9 +87,9 @@ def patiently(stop: Stop, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs
         retry_error_callback=give_up,
     )
     answer = retrying(act, *args, **kwargs)
-    for store in away:
-        if _complained.pop(store, None) is not None:
-            get_logger().info("the store answers again", store=store)
+    for store in missed & _away:
+        _away.discard(store)
+        get_logger().info("the store answers again", store=store)
     return answer
 
 

@@ -29,7 +29,7 @@ from lab_audio.ledger import Archive, NewItem, Refused
 from lab_audio.log import get_logger
 from lab_audio.media import archive as tar
 from lab_audio.media import canary, transcode
-from lab_audio.workers.host import Host, attend, open_host, open_inbox, tidy_batch
+from lab_audio.workers.host import Host, attend, open_host, open_inbox, tidy, tidy_batch
 from lab_audio.workers.loop import COMPLAIN_SECONDS, Stop, Stopped, patiently
 
 SPOOL_BYTES = 16 << 20
@@ -144,6 +144,7 @@ def attempt(host: Host, batch_id: str, encoding: Encoding, stop: Stop) -> Refuse
             raise
         log.warning("batch given back, for want of room on scratch", why=error.strerror)
         scratch.cleanup_scratch(batch_id, root=host.scratch)
+        patiently(stop, tidy, host)  # strays take room that is nobody's
         failed = patiently(
             stop, lambda: ledger.return_full(host.engine, batch_id, host.name, scratch.capacity(host.scratch))
         )
@@ -199,8 +200,13 @@ def unpack(host: Host, batch_id: str, taken: ledger.Taken, encoding: Encoding, s
     """
     contents = Contents(scratch.fresh_dir(host.scratch, batch_id), taken.quota)
     if taken.archive_gone:
-        archive, flags = taken.archive, taken.flags
         patiently(stop, fetch_kept, host, batch_id, contents)
+        archive, flags = taken.archive, list(taken.flags)
+        known = len(taken.settled) + len(contents.rows)
+        if not known:
+            raise Permanent("its archive is gone, and nothing of it is kept")
+        if known < (archive.file_count or 0):
+            flags.append(f"archive: gone; {known} of its {archive.file_count} recordings are known")
     else:
         archive, flags = patiently(stop, read_archive, host, batch_id, taken, encoding, contents)
     rows = list(contents.rows.values())
@@ -239,6 +245,7 @@ def read_archive(
     promised = taken.archive.sha256 or info.sha256
     if contents.etag not in (None, info.etag):
         contents.rows.clear()
+        contents.room = 0
     contents.etag, folder = info.etag, contents.folder
     flags: list[str] = []
     recordings = 0

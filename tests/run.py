@@ -1,4 +1,4 @@
-"""`make test`: lint, every tier of the worker's tests, and the chaos campaign, each with its result and time.
+"""`make test`: lint, the tests of modules and workers by tier, and the chaos campaign, each with its result and time.
 
 run.py [lint] [TIER...] runs only those. REQUIRE_ALL=1: what cannot run here fails; else it is only said.
 """
@@ -26,18 +26,19 @@ CAMPAIGN = "chaos"
 LEAVE_SECONDS = 10
 PR_SET_CHILD_SUBREAPER = 36
 
-# Tiers, and how two processes share their tests: by file where a file's tests share a loaded model.
+# Tiers: where their tests lie, and how two processes share them: by file where a file's tests share a server or model.
 TIERS = {
-    "unit": ["-n2", "--dist=worksteal"],
-    "contract": ["-n2", "--dist=worksteal"],
-    "integration": ["-n2", "--dist=loadfile"],
-    "protocol": ["-n2", "--dist=worksteal"],
-    "end_to_end": [],
+    "modules": ("tests/modules", ["-n2", "--dist=loadfile"]),
+    "unit": ("tests/worker/unit", ["-n2", "--dist=worksteal"]),
+    "contract": ("tests/worker/contract", ["-n2", "--dist=worksteal"]),
+    "integration": ("tests/worker/integration", ["-n2", "--dist=loadfile"]),
+    "protocol": ("tests/worker/protocol", ["-n2", "--dist=worksteal"]),
+    "end_to_end": ("tests/worker/end_to_end", []),
 }
 CONFIG = "worker_src/pyproject.toml"
 LINT = {
-    "ruff check": (".", ["ruff", "check", "--config", CONFIG, "worker_src", "tests"]),
-    "ruff format": (".", ["ruff", "format", "--check", "--config", CONFIG, "worker_src", "tests"]),
+    "ruff check": (".", ["ruff", "check", "--config", CONFIG, "worker_src", "plugins", "tests"]),
+    "ruff format": (".", ["ruff", "format", "--check", "--config", CONFIG, "worker_src", "plugins", "tests"]),
     "mypy --strict": ("worker_src", ["mypy"]),
     "lint-imports": ("worker_src", ["lint-imports", "--cache-dir", str(CACHE / "imports")]),
 }
@@ -91,8 +92,8 @@ def tier(name: str) -> Outcome:
     began = time.monotonic()
     results = CACHE / "results" / f"{name}.xml"
     results.unlink(missing_ok=True)
-    where = f"tests/worker/{name}"
-    code = run([sys.executable, "-m", "pytest", "-q", where, f"--junitxml={results}", *TIERS[name]], CHECKOUT)
+    where, shared = TIERS[name]
+    code = run([sys.executable, "-m", "pytest", "-q", where, f"--junitxml={results}", *shared], CHECKOUT)
     left = end_leftovers(LEAVE_SECONDS)
     outcome = Outcome(code == 0, time.monotonic() - began, skipped=skips(results))
     if code == NO_TESTS:

@@ -29,7 +29,7 @@ from checker import Stores, wrongs  # noqa: E402
 from disks import Disk  # noqa: E402
 from driver import HOSTS, ON_LOOP, STUCK_SECONDS, Driver, Place  # noqa: E402
 from machine import about  # noqa: E402
-from nemesis import FULL, HOST_FAULTS, SMALL, STORE_FAULTS, nemesis  # noqa: E402
+from nemesis import DOSES, HOST_FAULTS, STORE_FAULTS, nemesis  # noqa: E402
 from planting import BATCH_FILES, arriving  # noqa: E402
 from proxies import Proxies, port_of  # noqa: E402
 from recordings import make_recordings  # noqa: E402
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     """One campaign; its raw log is `seed-N.jsonl` in the report's directory."""
     log = options.report / f"seed-{options.seed}.jsonl"
     with prepared(options.seed) as place:
-        doses = dict(FULL if options.doses == "full" else SMALL)
+        doses = dict(DOSES[options.doses])
         skipped = dict.fromkeys(("disk full", "disk read-only"), place.disk.missing) if place.disk.missing else {}
         for name in skipped:
             doses[name] = 0
@@ -195,7 +195,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--minutes", type=float, default=5, help="how long things go wrong; draining comes on top")
     parser.add_argument("--items", type=int, help="plant so many recordings (default: what the time allows)")
-    parser.add_argument("--doses", choices=("small", "full"), default="small", help="each fault once, or the table's")
+    parser.add_argument(
+        "--doses", choices=DOSES, default="small", help="each fault once, a third of the table's, or with long outages"
+    )
     parser.add_argument("--teeth", nargs="*", metavar="STEP", help="break these steps in turn (default: every one)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the page of the logs that are named")
     parser.add_argument("logs", type=Path, nargs="*", help="raw logs, of runs and of --teeth")

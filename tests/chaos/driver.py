@@ -28,8 +28,8 @@ ON_LOOP = "h3"
 SLOTS = 2
 TIMERS = {"reconcile": 2.0, "retention": 5.0}  # one run, and so many seconds until the next
 STUCK_SECONDS = 60
-MEAN_LIFE = 14.0  # seconds until a kill at random, where no fail point was met before
-EFFECTS = 1500  # of which one is the last, if nothing else was
+MEAN_LIFE = 10.0  # seconds until a kill at random, where no fail point was met before
+EFFECTS = 1000  # of which one is the last, if nothing else was
 NEVER = 10**9
 LATE, LATE_SECONDS = 0.1, 5.0  # so many start later, so that others find what they left
 KILLED, FATAL = -signal.SIGKILL, 70
@@ -100,7 +100,7 @@ class Driver:
         self.faulty = 0  # faults that are under way
         self.stopped: set[str] = set()  # servers
         self.window: dict[int, int] | None = None  # BEGINs of each item while this is kept
-        self.doubled: set[int] = set()  # items of which there is a second job
+        self.excused: set[int] = set()  # items that are done twice for another reason than the one that is measured
         self.hit: Callable[[Worker], tuple[str, int]] | None = None  # instead of all other kills: see Life.effect
         everywhere = [("transfer", "t1"), ("reconcile", "timer"), ("retention", "timer"), ("forget", "operator")]
         everywhere += [(role, host) for host in HOSTS for role in ("unpack", "gpu", *["slot"] * SLOTS)]
@@ -209,6 +209,8 @@ class Driver:
         if worker.code == KILLED and why:
             self.note("death", who=who, why=why)
             (self.deaths if why == "poison" else self.kills)[why] += 1
+            if why == "poison":
+                self.excused |= worker.begun.keys()
             if why != "timed" and self.random.random() < LATE:
                 worker.due += self.random.uniform(0, LATE_SECONDS)
         elif worker.role in (*TIMERS, "forget") and (worker.code == 0 or said.startswith("lab-audio: ")):

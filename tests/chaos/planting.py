@@ -85,7 +85,7 @@ def double_jobs(driver: Driver) -> None:
     )
     with driver.stores.queue() as client:
         for audio_id, batch, item, name, host in rows:
-            driver.doubled.add(audio_id)
+            driver.excused.add(audio_id)
             path = f"{driver.scratch(host)}/{batch}/{item}.opus"
             client.rpush("transcribe", json.dumps({"batch_id": batch, "opus_path": path, "original_filename": name}))
 

@@ -46,6 +46,7 @@ PART_BYTES = 5 << 20  # the least that S3 takes
 HAND_SECONDS = 10.0  # for which an item is in a process's hands at most
 LET_GO = ("hand_back", "note_error")  # functions after which it is not any more
 GRACE_SECONDS = 8.0
+WHOLE_SHARE = 0.2  # of the runs of reconcile, those that compare all rows and objects
 UPLOAD_SECONDS = 20.0
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -390,6 +391,8 @@ class Nursery:
         watch_effects(fail_points, self.bucket)
         for name in LET_GO:
             replace(f"lab_audio.ledger:{name}", partial(fail_points.around, Step(name, (), "")))
+        if self.board.get(Board.ARMED) and random.random() > WHOLE_SHARE:  # most reconciles are --quick, as in a lab
+            put("lab_audio.operations.reconcile:compare_objects", lambda *_, **__: None)
         if life.clock_hours:
             shift_clock(life.clock_hours)
         os.environ.update(LAB_HOST=life.host, SCRATCH_ROOT=str(self.directory / "hosts" / life.host / "scratch"))

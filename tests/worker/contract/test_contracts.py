@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 import pytest
@@ -224,6 +226,24 @@ def test_cleanup_scratch_obeys_scratch_root_and_may_be_repeated(
     with pytest.raises(Permanent):
         s3_utils.cleanup_scratch("..")
     assert tmp_path.exists()
+
+
+def test_cleanup_scratch_ends_though_others_remove_files_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, unlink = tmp_path / BATCH, os.unlink
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.opus").write_bytes(b"OggS")
+
+    def too_late(name: Any, *arguments: Any, **named: Any) -> None:
+        unlink(name, *arguments, **named)
+        monkeypatch.undo()
+        raise FileNotFoundError(errno.ENOENT, "removed by another", name)
+
+    monkeypatch.setattr(os, "unlink", too_late)
+    s3_utils.cleanup_scratch(BATCH, root=tmp_path)
+    assert not folder.exists()
 
 
 def test_settings_have_the_references_names_and_defaults() -> None:

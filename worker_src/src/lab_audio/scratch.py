@@ -57,11 +57,10 @@ def batches(root: Path) -> list[str]:
 def cleanup_scratch(batch_id: str, *, root: Path | None = None) -> None:
     """Remove a batch's folder; one that is not there is fine, one that cannot be removed raises OSError."""
     root = root or Path(os.environ.get("SCRATCH_ROOT", "/data/scratch"))
-    try:
-        shutil.rmtree(batch_dir(root, batch_id))
-    except FileNotFoundError:
-        if batch_dir(root, batch_id).exists():
-            raise
+    folder = batch_dir(root, batch_id)
+    while folder.exists():  # again, where something in it vanished meanwhile
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
 
 
 def fresh_dir(root: Path, batch_id: str) -> Path:

@@ -29,7 +29,7 @@ from checker import Stores, wrongs  # noqa: E402
 from disks import Disk  # noqa: E402
 from driver import HOSTS, ON_LOOP, STUCK_SECONDS, Driver, Place  # noqa: E402
 from machine import about  # noqa: E402
-from nemesis import DOSES, HOST_FAULTS, STORE_FAULTS, nemesis  # noqa: E402
+from nemesis import DOSES, HOST_FAULTS, LEAST, STORE_FAULTS, nemesis  # noqa: E402
 from planting import BATCH_FILES, arriving  # noqa: E402
 from proxies import Proxies, port_of  # noqa: E402
 from recordings import make_recordings  # noqa: E402
@@ -117,7 +117,9 @@ def run(options: argparse.Namespace) -> int:
         def without_dose() -> list[str]:
             steps = [f"{point}: no kill" for point in not_killed(ROLES, driver.kills)]
             faults = [f"{n}: {driver.doses[n]} of {dose}" for n, dose in doses.items() if driver.doses[n] < dose]
-            few = [f"{driver.planted.items} recordings"] if driver.planted.items < (options.items or 0) else []
+            least = {} if options.doses == "small" else LEAST
+            reached = {"recordings": driver.planted.items, "kills": driver.kills.total()}
+            few = [f"{reached[what]} of {number} {what}" for what, number in least.items() if reached[what] < number]
             return steps + faults + few
 
         try:
@@ -194,7 +196,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--minutes", type=float, default=5, help="how long things go wrong; draining comes on top")
-    parser.add_argument("--items", type=int, help="plant so many recordings (default: what the time allows)")
     parser.add_argument(
         "--doses", choices=DOSES, default="small", help="each fault once, a third of the table's, or with long outages"
     )
@@ -205,7 +206,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.write:
         return 0 if write(options.write, options.logs) else 1
-    options.stuck = STUCK_SECONDS
+    options.stuck, options.items = STUCK_SECONDS, None
     print(f"seed {options.seed}", flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)

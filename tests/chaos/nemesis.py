@@ -375,4 +375,5 @@ FULL = {
     "worker sick": 17,
     "death timed": 34,
 }
+LEAST = {"recordings": 10_000, "kills": 1_000}  # in a run with these doses
 DOSES = {"small": SMALL, "full": FULL, "long": {**FULL, **dict.fromkeys(LONG, 1)}}

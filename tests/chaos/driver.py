@@ -99,7 +99,8 @@ class Driver:
         self.quiet = False  # nothing else goes wrong while something is measured
         self.faulty = 0  # faults that are under way
         self.stopped: set[str] = set()  # servers
-        self.window: dict[int, int] | None = None  # BEGINs of each item while this is kept
+        self.begins: Counter[int] = Counter()  # BEGINs of each item so far
+        self.window: dict[int, int] | None = None  # and while this is kept
         self.excused: set[int] = set()  # items that are done twice for another reason than the one that is measured
         self.hit: Callable[[Worker], tuple[str, int]] | None = None  # instead of all other kills: see Life.effect
         everywhere = [("transfer", "t1"), ("reconcile", "timer"), ("retention", "timer"), ("forget", "operator")]
@@ -244,6 +245,7 @@ class Driver:
             elif "begun" in told:
                 item, attempts = told["begun"]
                 worker.begun.setdefault(item, attempts - 1)
+                self.begins[item] += 1
                 if self.window is not None:
                     self.window[item] = self.window.get(item, 0) + 1
             else:

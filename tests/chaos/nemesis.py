@@ -268,11 +268,12 @@ def sick(driver: Driver, random: Random) -> Track:
     while not (worker := busy_slot(driver, random)):
         yield 0.02
     pid, began = worker.pid, time.monotonic()
-    before: dict[int, int] = {}
+    before: dict[int, tuple[int, int]] = {}  # attempts of each item, and BEGINs of it so far
     driver.place.board.set(Board.SICK, True, worker.child)
     worker.ends = float("inf")
     while worker.pid == pid:
-        before |= {item: attempts for item, attempts in worker.begun.items() if item not in before}
+        fresh = {item: attempts for item, attempts in worker.begun.items() if item not in before}
+        before |= {item: (attempts, driver.begins[item]) for item, attempts in fresh.items()}
         if time.monotonic() - began > SICK_SECONDS:
             driver.odd(f"a sick worker does not end within {SICK_SECONDS} s")
             return
@@ -286,11 +287,13 @@ def sick(driver: Driver, random: Random) -> Track:
     spent = 0
     while driver.stopped:
         yield 0.1
-    for item, attempts in before.items():
-        now = driver.stores.rows(f"SELECT state, attempts FROM audio_files WHERE audio_id = {item}")
-        others = any(item in other.begun for other in driver.workers if other is not worker)
-        mine = not others and item not in worker.begun
-        spent += bool(now and now[0][0] == "pending" and now[0][1] > attempts and mine)
+    for item, (attempts, begins) in before.items():
+        query = f"SELECT state, attempts, batch_id, item FROM audio_files WHERE audio_id = {item}"
+        ((state, now, batch, name),) = driver.stores.rows(query)
+        driver.hear()
+        since = driver.begins[item] - begins  # by others, who may have died of it meanwhile
+        has_result = (driver.scratch(worker.host) / batch / f"{name}.json").exists()
+        spent += state == "pending" and now > attempts + since and not has_result
     driver.figures.setdefault("attempts spent by a sick worker", []).append(spent)
 
 

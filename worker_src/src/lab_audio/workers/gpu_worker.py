@@ -58,7 +58,7 @@ from lab_audio.workers.recognition import Models, load_models, prove, watchdog
 
 IDLE_SECONDS = 2
 WATCH_SECONDS = 1.0
-HAND_BACK_PAUSE = 0.5
+HAND_BACK_SECONDS, HAND_BACK_PAUSE = 10.0, 0.5
 STEADY_SECONDS = 600.0
 TURNED_SICK = "its worker turned sick"
 PR_SET_PDEATHSIG = 1
@@ -419,22 +419,24 @@ class Slot:
         """
         begun = [work for work in left if work.begun]
         first = next((work for work in begun if work.failure), begun[0] if begun else None)
+        until = time.monotonic() + HAND_BACK_SECONDS
         for work in begun:
             note = plain(f"{TURNED_SICK}: {self.sickness}") if self.sickness and work is first else None
             again = note is not None and (work.item.reason or "").startswith(TURNED_SICK)
             if not again:
-                self._take_back(work, note)
+                self._take_back(work, note, until)
 
-    def _take_back(self, work: Work, note: str | None) -> None:
-        """Take one attempt back; where the connection was lost, over another one."""
-        for left in (2, 1, 0):
+    def _take_back(self, work: Work, note: str | None, until: float) -> None:
+        """Take one attempt back; a ledger that is away is waited for, but not for long."""
+        while True:
             try:
                 ledger.hand_back(self.host.engine, work.item.audio_id, work.item.attempts, note)
                 return
             except Retryable as error:
-                if not left:
+                if time.monotonic() > until:
                     log.get_logger().warning("an attempt stays counted", error=str(error))
-                time.sleep(HAND_BACK_PAUSE if left else 0)
+                    return
+                time.sleep(HAND_BACK_PAUSE)
 
 
 def work_slot(settings: GpuSettings, models: Callable[[], Models], stop: Stop) -> None:

@@ -41,17 +41,8 @@ def open_batches(engine: Engine) -> list[BatchProgress]:
     with transaction(engine) as connection:
         rows = connection.execute(
             text(
-                "SELECT b.batch_id, b.state, b.host,"
-                " CASE b.state WHEN 'minted' THEN minted_at WHEN 'uploaded' THEN uploaded_at"
-                " WHEN 'unpacking' THEN unpacking_at"
-                " WHEN 'ready' THEN ready_at WHEN 'complete' THEN complete_at ELSE failed_at END AS since,"
-                " i.pending, i.done, i.dead, b.flags, b.reason"
-                " FROM (SELECT * FROM batches WHERE state IN ('minted', 'uploaded', 'unpacking', 'ready')"
-                " UNION SELECT * FROM batches WHERE host IS NOT NULL) b CROSS JOIN LATERAL"
-                " (SELECT count(*) FILTER (WHERE state = 'pending') AS pending,"
-                " count(*) FILTER (WHERE state = 'done') AS done,"
-                " count(*) FILTER (WHERE state = 'dead') AS dead FROM audio_files a WHERE a.batch_id = b.batch_id) i"
-                " ORDER BY b.batch_id"
+                "SELECT batch_id, state, host, since, pending, done, dead, flags, reason"
+                " FROM batch_progress WHERE open ORDER BY batch_id"
             )
         ).all()
     return [BatchProgress(*row) for row in rows]

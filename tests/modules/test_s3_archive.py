@@ -1,0 +1,378 @@
+"""lab.audio.s3_archive against SeaweedFS and Swift 2.30 over TLS."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.config import Config
+
+from conftest import CHECKOUT, Run, command, environment, write_arguments
+from processes import NotReady
+from seaweedfs import SeaweedFS
+from swift import Swift
+
+MODULE = "s3_archive"
+MIB = 1 << 20
+BATCH = "20250622-143052-a1b2c3"
+ARCHIVE = f"archives/{BATCH}.tar"
+KILLS = int(os.environ.get("KILLS", "20"))
+
+
+@pytest.fixture(scope="module", params=[SeaweedFS, Swift], ids=["seaweedfs", "swift-tls"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with ExitStack() as stack:
+        try:
+            running = stack.enter_context(request.param(tmp_path_factory.mktemp("store")))
+        except NotReady:
+            raise
+        except RuntimeError as missing:
+            if os.environ.get("REQUIRE_ALL") == "1":
+                raise
+            pytest.skip(str(missing))
+        yield running
+
+
+class Bucket:
+    """A bucket of this test's own, the client that looks into it, and the module's options for it."""
+
+    def __init__(self, server: Any) -> None:
+        self.name = f"test-{uuid.uuid4().hex[:12]}"
+        self.options = {
+            "endpoint_url": server.endpoint,
+            "access_key": server.access_key,
+            "secret_key": server.secret_key,
+            "bucket": self.name,
+            "ca_bundle": server.ca_bundle,
+        }
+        self.s3 = boto3.client(
+            "s3",
+            endpoint_url=server.endpoint,
+            aws_access_key_id=server.access_key,
+            aws_secret_access_key=server.secret_key,
+            region_name="us-east-1",
+            verify=str(server.ca_bundle) if server.ca_bundle else None,
+            config=Config(
+                s3={"addressing_style": "path"},
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+        self.s3.create_bucket(Bucket=self.name)
+
+    def put(self, key: str, data: bytes, **metadata: str) -> None:
+        self.s3.put_object(Bucket=self.name, Key=key, Body=data, Metadata=metadata)
+
+    def get(self, key: str) -> bytes:
+        data: bytes = self.s3.get_object(Bucket=self.name, Key=key)["Body"].read()
+        return data
+
+    def keys(self) -> list[str]:
+        return [one["Key"] for one in self.s3.list_objects_v2(Bucket=self.name).get("Contents", ())]
+
+    def uploads(self) -> list[str]:
+        return [one["Key"] for one in self.s3.list_multipart_uploads(Bucket=self.name).get("Uploads", ())]
+
+
+@pytest.fixture
+def bucket(server: Any) -> Bucket:
+    return Bucket(server)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("size", [0, 1, 5 * MIB, 16 * MIB, 16 * MIB + 1, 40 * MIB])
+def test_a_file_goes_there_and_back(predicted: Run, bucket: Bucket, tmp_path: Path, size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    (tmp_path / "a.tar").write_bytes(data)
+    stored = predicted(MODULE, **bucket.options, batch_id=BATCH, src=tmp_path / "a.tar")
+    assert (stored["changed"], stored["key"], stored["size"], stored["sha256"]) == (True, ARCHIVE, size, sha256(data))
+    assert sha256(bucket.get(ARCHIVE)) == sha256(data)
+    head = bucket.s3.head_object(Bucket=bucket.name, Key=ARCHIVE)
+    assert (head["ETag"].strip('"'), head["Metadata"]["sha256"]) == (stored["etag"], sha256(data))
+    back = predicted(MODULE, **bucket.options, state="fetched", batch_id=BATCH, dest=tmp_path / "back.tar")
+    assert (back["dest"], back["sha256"]) == (str(tmp_path / "back.tar"), sha256(data))
+    assert sha256((tmp_path / "back.tar").read_bytes()) == sha256(data)
+    gone = predicted(MODULE, **bucket.options, state="absent", batch_id=BATCH)
+    assert gone["changed"] and bucket.keys() == [] and bucket.uploads() == []
+
+
+def make_directory(path: Path) -> dict[str, bytes]:
+    """Files whose names and depths a tar finds hard; what is in each, by its path."""
+    files = {
+        "b.txt": b"b" * 513,
+        "a/a.txt": b"",
+        "a/Zürich/ü.txt": b"x" * 512,
+        "a/" + "n" * 120 + "/" + "m" * 140: b"long",
+        os.fsdecode(b"a/not-utf8-\xff"): b"bytes",
+    }
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    (path / "empty").mkdir(exist_ok=True)
+    return files
+
+
+def test_a_directory_becomes_the_same_tar_wherever_it_lies(predicted: Run, bucket: Bucket, tmp_path: Path) -> None:
+    files = make_directory(tmp_path / "one")
+    make_directory(tmp_path / "two")
+    for number, path in enumerate(sorted((tmp_path / "two").rglob("*"))):
+        os.utime(path, (number, number))
+        path.chmod(0o700)
+    first = predicted(MODULE, **bucket.options, key="models/p.tar", src=tmp_path / "one")
+    assert first["changed"] and first["size"] == len(bucket.get("models/p.tar"))
+    with tarfile.open(fileobj=io.BytesIO(bucket.get("models/p.tar"))) as tar:
+        assert {m.name: tar.extractfile(m).read() for m in tar} == files  # type: ignore[union-attr]
+        assert {(m.mtime, m.uid, m.gid, m.mode, m.uname) for m in tar} == {(0, 0, 0, 0o644, "")}
+        names = [os.fsencode(m.name) for m in tar]
+        assert names == sorted(names)
+    again = predicted(MODULE, **bucket.options, key="models/q.tar", src=tmp_path / "two")
+    assert again["sha256"] == first["sha256"]
+
+
+def test_what_is_no_regular_file_in_a_directory_is_refused(predicted: Run, bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "link").symlink_to("/etc/shadow")
+    said = predicted(MODULE, **bucket.options, key="x.tar", src=tmp_path / "d")
+    assert "link is neither a file nor a directory" in said["msg"] and bucket.keys() == []
+    os.mkfifo(tmp_path / "fifo")
+    assert "neither a file" in predicted(MODULE, **bucket.options, key="x.tar", src=tmp_path / "fifo")["msg"]
+    assert "No such file" in predicted(MODULE, **bucket.options, key="x.tar", src=tmp_path / "nothing")["msg"]
+
+
+def test_an_archive_is_never_replaced_and_other_objects_are(predicted: Run, bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "new").write_bytes(b"new")
+    bucket.put(ARCHIVE, b"old")
+    bucket.put("models/x", b"old")
+    said = predicted(MODULE, **bucket.options, batch_id=BATCH, src=tmp_path / "new")
+    assert "an archive is never replaced" in said["msg"] and bucket.get(ARCHIVE) == b"old"
+    replaced = predicted(MODULE, **bucket.options, key="models/x", src=tmp_path / "new")
+    assert replaced["diff"]["before"] == {"models/x": {"size": 3, "sha256": None}} and bucket.get("models/x") == b"new"
+
+
+def test_an_object_of_another_client_is_read_to_be_compared(run: Run, bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"same")
+    bucket.put(ARCHIVE, b"same")
+    assert run(MODULE, **bucket.options, batch_id=BATCH, src=tmp_path / "a")["changed"] is False
+    fetched = run(MODULE, **bucket.options, state="fetched", batch_id=BATCH, dest=tmp_path / "a")
+    assert (fetched["changed"], fetched["sha256"]) == (False, sha256(b"same"))
+    (tmp_path / "a").write_bytes(b"else")
+    fetched = run(MODULE, **bucket.options, state="fetched", batch_id=BATCH, dest=tmp_path / "a")
+    assert fetched["changed"] and (tmp_path / "a").read_bytes() == b"same"
+
+
+def test_an_object_that_is_not_what_was_stored_is_not_fetched(run: Run, bucket: Bucket, tmp_path: Path) -> None:
+    bucket.put(ARCHIVE, b"damaged", sha256=sha256(b"whole"))
+    (tmp_path / "a").write_bytes(b"before")
+    said = run(MODULE, **bucket.options, state="fetched", batch_id=BATCH, dest=tmp_path / "a")
+    assert "damaged in the store" in said["msg"]
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".json"] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"before"
+
+
+def test_where_it_is_fetched_to(predicted: Run, run: Run, bucket: Bucket, tmp_path: Path) -> None:
+    bucket.put("models/x.tar", b"x")
+    (tmp_path / "d").mkdir()
+    fetched = predicted(MODULE, **bucket.options, state="fetched", key="models/x.tar", dest=tmp_path / "d")
+    assert fetched["dest"] == str(tmp_path / "d" / "x.tar")
+    for dest, said in ((tmp_path / "no" / "x", "make it first"), (tmp_path / "fifo", "is not a file")):
+        if not (tmp_path / "fifo").exists():
+            os.mkfifo(tmp_path / "fifo")
+        assert said in predicted(MODULE, **bucket.options, state="fetched", key="models/x.tar", dest=dest)["msg"]
+    assert "is not in the store" in run(MODULE, **bucket.options, state="fetched", key="none", dest=tmp_path)["msg"]
+
+
+def test_absent_removes_unfinished_uploads_too(predicted: Run, bucket: Bucket) -> None:
+    bucket.s3.create_multipart_upload(Bucket=bucket.name, Key="models/x")
+    bucket.s3.create_multipart_upload(Bucket=bucket.name, Key="models/xy")
+    gone = predicted(MODULE, **bucket.options, state="absent", key="models/x")
+    assert gone["plan"] == ["abort unfinished uploads of models/x: 1"] and bucket.uploads() == ["models/xy"]
+
+
+def test_memory_does_not_follow_the_size_of_a_file(bucket: Bucket, tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(300 * MIB)
+    params = {**bucket.options, "key": "large", "src": tmp_path / "large"}
+    env = environment()
+    for wanted in (params, {**bucket.options, "key": "large", "dest": tmp_path / "back", "state": "fetched"}):
+        arguments = write_arguments(tmp_path / "arguments.json", wanted)
+        child = subprocess.Popen(command(MODULE, arguments), env=env, stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        result = json.loads(child.stdout.read())
+        usage = os.wait4(child.pid, 0)[2]
+        assert result["changed"], result
+        assert usage.ru_maxrss * resource.getpagesize() // 4096 < 150 * 1024, f"{usage.ru_maxrss} KiB"
+
+
+def test_killed_at_any_moment_the_next_run_ends_well(run: Run, bucket: Bucket, tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)
+    dice = random.Random(seed)
+    data = dice.randbytes(33 * MIB)
+    (tmp_path / "a").write_bytes(data)
+    there = {**bucket.options, "batch_id": BATCH, "src": tmp_path / "a"}
+    back = {**bucket.options, "batch_id": BATCH, "state": "fetched", "dest": tmp_path / "back"}
+    for number in range(KILLS):
+        wanted = (there, back)[number % 2]
+        if wanted is back:
+            (tmp_path / "back").unlink(missing_ok=True)
+        arguments = write_arguments(tmp_path / "arguments.json", wanted)
+        child = subprocess.Popen(command(MODULE, arguments), env=environment(), stdout=subprocess.DEVNULL)
+        time.sleep(dice.uniform(0.2, 2.0))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        if (tmp_path / "back").exists():
+            assert sha256((tmp_path / "back").read_bytes()) == sha256(data), "half an object is visible"
+        assert run(MODULE, **wanted).get("failed") is None
+        assert run(MODULE, **wanted)["changed"] is False
+        assert bucket.uploads() == [] and not (tmp_path / "back.part").exists()
+        if wanted is back:
+            assert sha256((tmp_path / "back").read_bytes()) == sha256(data)
+            run(MODULE, **bucket.options, batch_id=BATCH, state="absent")
+            if number + 1 < KILLS:
+                continue
+    assert bucket.keys() in ([], [ARCHIVE])
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "secret": ({"secret_key": "wrong-sesame"}, "check secret_key"),
+    "access key": ({"access_key": "nobody"}, "check access_key"),
+    "bucket": ({"bucket": "no-such-bucket"}, "does not exist: create it, or correct bucket"),
+    "port": ({"endpoint_url": "http://127.0.0.1:1"}, "is endpoint_url right"),
+    "no url": ({"endpoint_url": "swift.example.edu"}, "endpoint_url must be a URL"),
+    "url with a secret": ({"endpoint_url": "http://u:wrong-sesame@x"}, "without credentials"),
+    "ca": ({"ca_bundle": "/nonexistent"}, "is not a file"),
+    "batch": ({"batch_id": "../x", "key": None}, "YYYYMMDD"),
+    "key": ({"key": "/etc/x"}, "is not a name"),
+    "no keys": ({"access_key": None}, "not given: access_key (or S3_ACCESS_KEY"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_what_is_wrong_is_said_with_what_to_do(run: Run, bucket: Bucket, tmp_path: Path, wrong: str) -> None:
+    changes, said = WRONG[wrong]
+    (tmp_path / "a").write_bytes(b"x")
+    options = {**bucket.options, "key": "a", "src": tmp_path / "a", **changes}
+    result = run(MODULE, **{name: value for name, value in options.items() if value is not None})
+    assert said in result["msg"] or (wrong in ("secret", "access key") and "check access_key" in result["msg"]), result
+    assert "wrong-sesame" not in json.dumps(result)
+
+
+def test_a_certificate_that_nobody_vouches_for(run: Run, bucket: Bucket, tmp_path: Path) -> None:
+    if not bucket.options["endpoint_url"].startswith("https"):
+        return  # it speaks no TLS
+    (tmp_path / "a").write_bytes(b"x")
+    said = run(MODULE, **{**bucket.options, "ca_bundle": None}, key="a", src=tmp_path / "a")
+    assert "set ca_bundle" in said["msg"]
+
+
+def test_secrets_come_from_files(run: Run, bucket: Bucket, tmp_path: Path) -> None:
+    options = dict(bucket.options)
+    (tmp_path / "s3_access_key").write_text(options.pop("access_key") + "\n")
+    (tmp_path / "s3_secret_key").write_text(options.pop("secret_key") + "\n")
+    (tmp_path / "a").write_bytes(b"x")
+    result = run(MODULE, **options, credentials_directory=tmp_path, key="a", src=tmp_path / "a")
+    assert result["changed"] and bucket.options["secret_key"] not in json.dumps(result)
+    (tmp_path / "s3_access_key").unlink()
+    (tmp_path / "s3_access_key").mkdir()
+    said = run(MODULE, **options, credentials_directory=tmp_path, key="a", src=tmp_path / "a")
+    assert "cannot be read" in said["msg"]
+
+
+class Damaging:
+    """A proxy that flips a byte of what goes to the store, or cuts off what comes back after so many bytes."""
+
+    def __init__(self, endpoint: str, *, flip: bytes = b"", cut_after: int = 0) -> None:
+        self.target = int(endpoint.rsplit(":", 1)[1])
+        self.flip, self.cut_after, self.cuts = flip, cut_after, 1
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self.server.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        while True:
+            try:
+                here, _ = self.server.accept()
+            except OSError:
+                return
+            there = socket.create_connection(("127.0.0.1", self.target))
+            threading.Thread(target=self.pump, args=(here, there, True), daemon=True).start()
+            threading.Thread(target=self.pump, args=(there, here, False), daemon=True).start()
+
+    def pump(self, one: socket.socket, other: socket.socket, request: bool) -> None:
+        passed = 0
+        try:
+            while block := one.recv(1 << 16):
+                if request and self.flip and self.flip in block:
+                    block = block.replace(self.flip, self.flip[::-1])
+                passed += len(block)
+                other.sendall(block)
+                if not request and self.cut_after and passed > self.cut_after and self.cuts:
+                    self.cuts -= 1
+                    break
+        except OSError:
+            pass
+        for end in (one, other):
+            end.close()
+
+    def close(self) -> None:
+        self.server.close()
+
+
+def test_what_is_damaged_on_the_way_is_noticed_and_what_breaks_off_goes_on(
+    run: Run, bucket: Bucket, tmp_path: Path
+) -> None:
+    if bucket.options["endpoint_url"].startswith("https"):
+        return  # nobody can damage it there
+    data = random.Random(7).randbytes(4 * MIB)
+    (tmp_path / "a").write_bytes(data)
+    proxy = Damaging(bucket.options["endpoint_url"], flip=data[MIB : MIB + 8])
+    said = run(MODULE, **{**bucket.options, "endpoint_url": proxy.endpoint}, key="a", src=tmp_path / "a")
+    proxy.close()
+    assert said.get("failed") and bucket.keys() == [], said
+    bucket.put("a", data)
+    proxy = Damaging(bucket.options["endpoint_url"], cut_after=MIB)
+    fetched = run(
+        MODULE, **{**bucket.options, "endpoint_url": proxy.endpoint}, state="fetched", key="a", dest=tmp_path / "b"
+    )
+    proxy.close()
+    assert fetched["changed"] and proxy.cuts == 0 and (tmp_path / "b").read_bytes() == data
+
+
+def test_a_missing_library_is_named(run: Run, bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "boto3.py").write_text("raise ImportError('not here')")
+    path = f"{tmp_path}:{environment()['PYTHONPATH']}"
+    said = run(MODULE, env={"PYTHONPATH": path}, **bucket.options, key="a", src=tmp_path)
+    assert "(boto3)" in said["msg"]
+
+
+def test_through_ansible_itself(bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    options = {k: str(v) for k, v in bucket.options.items() if v is not None}
+    options |= {"key": "a", "src": str(tmp_path / "a")}
+    ansible = [sys.executable, "-m", "ansible", "adhoc", "localhost", "-c", "local", "-m", "lab.audio.s3_archive"]
+    env = environment(ANSIBLE_COLLECTIONS_PATH=str(CHECKOUT / "collections"), ANSIBLE_PYTHON_INTERPRETER=sys.executable)
+    for more, changed in ((["--check", "--diff"], "true"), (["--diff"], "true"), ([], "false")):
+        done = subprocess.run([*ansible, "-a", json.dumps(options), *more], env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and f'"changed": {changed}' in done.stdout, done.stdout + done.stderr
+        assert bucket.options["secret_key"] not in done.stdout + done.stderr

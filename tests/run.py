@@ -1,6 +1,6 @@
-"""`make test`: lint, the tests of modules and workers by tier, and the chaos campaign, each with its result and time.
+"""`make test`: lint, ansible-test sanity, the tests of modules and workers by tier, and the chaos campaign, each with its result and time.
 
-run.py [lint] [TIER...] runs only those. REQUIRE_ALL=1: what cannot run here fails; else it is only said.
+run.py [lint] [sanity] [TIER...] runs only those. REQUIRE_ALL=1: what cannot run here fails; else it is only said.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ CACHE = CHECKOUT / ".cache"
 REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
 NO_TESTS = 5
 CAMPAIGN = "chaos"
+SANITY = "sanity"
 LEAVE_SECONDS = 10
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -59,15 +60,17 @@ def main(wanted: list[str]) -> int:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     # Whatever a test leaves behind becomes our child, so that it can be named and ended.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    unknown = set(wanted) - {"lint", *TIERS, CAMPAIGN}
+    unknown = set(wanted) - {"lint", SANITY, *TIERS, CAMPAIGN}
     if unknown:
-        print(f"not a tier: {', '.join(sorted(unknown))}; there are lint, {', '.join(TIERS)}, {CAMPAIGN}")
+        print(f"not a tier: {', '.join(sorted(unknown))}; there are lint, {SANITY}, {', '.join(TIERS)}, {CAMPAIGN}")
         return 2
     outcomes: dict[str, Outcome] = {}
     try:
         if not wanted or "lint" in wanted:
             for name, (directory, command) in LINT.items():
                 outcomes[name] = lint(name, CHECKOUT / directory, command)
+        if not wanted or SANITY in wanted:
+            outcomes[SANITY] = lint(SANITY, CHECKOUT, [str(CHECKOUT / "tests" / "modules" / "sanity.sh")])
         for name in TIERS:
             if not wanted or name in wanted:
                 outcomes[name] = tier(name)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import functools
 import hashlib
 import ipaddress
@@ -244,7 +245,7 @@ def head(store: Store, key: str) -> Head | None:
 
 
 @operation("PutObject")
-def put(store: Store, key: str, data: bytes, md5: bytes, metadata: dict[str, str]) -> None:
+def put(store: Store, key: str, data: bytes | bytearray, md5: bytes, metadata: dict[str, str]) -> None:
     store.client.put_object(
         Bucket=store.bucket, Key=key, Body=data, Metadata=metadata, ContentMD5=base64.b64encode(md5).decode()
     )
@@ -256,7 +257,7 @@ def begin_upload(store: Store, key: str, metadata: dict[str, str]) -> str:
 
 
 @operation("UploadPart")
-def put_part(store: Store, key: str, upload: str, number: int, data: bytes, md5: bytes) -> dict[str, t.Any]:
+def put_part(store: Store, key: str, upload: str, number: int, data: bytes | bytearray, md5: bytes) -> dict[str, t.Any]:
     answer = store.client.upload_part(
         Bucket=store.bucket,
         Key=key,
@@ -338,16 +339,20 @@ def part_size(size: int) -> int:
     return max(PART_SIZE, -(-size // MAX_PARTS // MIB) * MIB)
 
 
-def parts_of(stream: t.Iterable[bytes], size: int) -> t.Iterator[bytes]:
-    """The same bytes in parts of that size; the last is shorter. Takes the memory of one part."""
+def parts_of(stream: t.Iterable[bytes], size: int) -> t.Iterator[bytearray]:
+    """The same bytes in parts of that size, which is more than a block's; the last is shorter.
+
+    Takes the memory of one part, if the caller lets go of each before it asks for the next.
+    """
     part = bytearray()
     for block in stream:
-        part += block
-        while len(part) >= size:
-            yield bytes(part[:size])
-            del part[:size]
+        missing = size - len(part)
+        part += block[:missing]
+        if len(part) == size:
+            yield part
+            part = bytearray(block[missing:])
     if part:
-        yield bytes(part)
+        yield part
 
 
 def digest(stream: t.Iterable[bytes], size: int) -> Digest:
@@ -357,6 +362,7 @@ def digest(stream: t.Iterable[bytes], size: int) -> Digest:
         whole.update(part)
         parts.append(md5_of(part))
         length += len(part)
+        del part
     parts = parts or [md5_of(b"")]
     etag = parts[0].hex() if len(parts) == 1 else f"{md5_of(b''.join(parts)).hex()}-{len(parts)}"
     return Digest(length, whole.hexdigest(), tuple(parts), etag)
@@ -370,10 +376,7 @@ def upload(store: Store, key: str, stream: t.Iterable[bytes], wanted: Digest) ->
     metadata = {"sha256": wanted.sha256, "size": str(wanted.size)}
     parts = parts_of(stream, part_size(wanted.size))
     if len(wanted.parts) == 1:
-        data = next(parts, b"")
-        if md5_of(data) != wanted.parts[0] or next(parts, None):
-            raise StoreError("what is to be stored was changed while it was read: try again when it is at rest")
-        put(store, key, data, wanted.parts[0], metadata)
+        put(store, key, unchanged(next(parts, b""), wanted.parts[0]), wanted.parts[0], metadata)
     else:
         upload_parts(store, key, parts, wanted, metadata)
     there = head(store, key)
@@ -390,17 +393,22 @@ def upload_parts(store: Store, key: str, parts: t.Iterator[bytes], wanted: Diges
     try:
         done = []
         for number, md5 in enumerate(wanted.parts, 1):
-            data = next(parts, b"")
-            if md5_of(data) != md5:
-                raise StoreError("what is to be stored was changed while it was read: try again when it is at rest")
-            done.append(put_part(store, key, upload_id, number, data, md5))
+            done.append(put_part(store, key, upload_id, number, unchanged(next(parts, b""), md5), md5))
         end_upload(store, key, upload_id, done)
     except BaseException:
-        abort_upload(store, key, upload_id)
+        with contextlib.suppress(StoreError):  # what went wrong first is what to say
+            abort_upload(store, key, upload_id)
         raise
 
 
-def md5_of(data: bytes) -> bytes:
+def unchanged(data: bytes | bytearray, md5: bytes) -> bytes | bytearray:
+    """The same data. Raises StoreError if they are not what was read before."""
+    if md5_of(data) != md5:
+        raise StoreError("what is to be stored was changed while it was read: try again when it is at rest")
+    return data
+
+
+def md5_of(data: bytes | bytearray) -> bytes:
     return hashlib.md5(data, usedforsecurity=False).digest()
 
 
@@ -423,21 +431,35 @@ def sha256_of(stream: t.Iterable[bytes]) -> str:
 def download(store: Store, key: str, found: Head, path: str) -> str:
     """Write an object to a file, whole or not at all; its SHA-256. Raises StoreError, OSError."""
     part, whole = f"{path}.part", hashlib.sha256()
-    try:
-        with open(part, "wb") as file:
+    with alone(part) as file:
+        try:
             for block in blocks(store, key, found):
                 whole.update(block)
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-        if found.sha256 not in (None, whole.hexdigest()):
-            raise StoreError(
-                f"{store.place(key)}: its SHA-256 is {whole.hexdigest()}, but it was stored as {found.sha256}: it is"
-                " damaged in the store"
-            )
-        os.replace(part, path)
-    except BaseException:
-        if os.path.lexists(part):
+            if found.sha256 not in (None, whole.hexdigest()):
+                raise StoreError(
+                    f"{store.place(key)}: its SHA-256 is {whole.hexdigest()}, but it was stored as {found.sha256}: it"
+                    " is damaged in the store"
+                )
+            os.replace(part, path)
+        except BaseException:
             os.unlink(part)
-        raise
+            raise
     return whole.hexdigest()
+
+
+@contextlib.contextmanager
+def alone(path: str) -> t.Iterator[t.BinaryIO]:
+    """A new file to write to, which no other run writes to; what a killed run left there is dropped."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.lexists(path) and os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            raise StoreError(f"{path} is being written by another run: try again when it has ended")
+        file.truncate()
+        yield file

@@ -31,6 +31,7 @@ attributes:
   async:
     support: full
   platform:
+    support: full
     platforms: posix
 options:
   batch_id:

@@ -32,6 +32,7 @@ attributes:
   async:
     support: full
   platform:
+    support: full
     platforms: posix
 options:
   state:
@@ -282,7 +283,7 @@ def size_of(src: str) -> int:
         if not stat.S_ISREG(os.stat(src).st_mode):
             raise Refused(f"{src} is neither a file nor a directory")
         return os.path.getsize(src)
-    return sum(len(header) + padded(size) for _, header, size in entries(src)) + 2 * tarfile.BLOCKSIZE
+    return sum(len(header) + padded(size) for _path, header, size in entries(src)) + 2 * tarfile.BLOCKSIZE
 
 
 def padded(size: int) -> int:
@@ -305,7 +306,7 @@ def entries(directory: str) -> list[tuple[str, bytes, int]]:
             found.append((info.name, path, info))
     return [
         (path, info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"), info.size)
-        for _, path, info in sorted(found, key=lambda entry: os.fsencode(entry[0]))
+        for _name, path, info in sorted(found, key=lambda entry: os.fsencode(entry[0]))
     ]
 
 

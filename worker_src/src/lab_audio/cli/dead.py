@@ -62,7 +62,7 @@ def list_letters(
             typer.echo("nothing is dead")
             return
         Console(width=None if sys.stdout.isatty() else 10_000).print(table)  # in a file each has one line
-        if more := sum(1 for _ in letters):
+        if more := len(list(letters)):
             typer.echo(f"... and {more} more: see --json")
 
     run(act)

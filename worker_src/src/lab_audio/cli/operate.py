@@ -82,7 +82,7 @@ def forget(host: Annotated[str, typer.Argument(help="Host that will not come bac
             known = ", ".join(view.host for view in ledger.seen_hosts(stores.engine)) or "none"
             raise ConfigError(f"no host is called {host}; known: {known}")
         returned = reconciling.lose_host(stores, host)
-        for _, job in ledger.unqueued(stores.engine, queues.queued_unpack_jobs(stores.client)):
+        for _batch_id, job in ledger.unqueued(stores.engine, queues.queued_unpack_jobs(stores.client)):
             queues.push(stores.client, UNPACK, job)
         typer.echo(f"{host} forgotten; batches to be unpacked anew: {', '.join(returned or []) or 'none'}")
 

@@ -60,13 +60,13 @@ def picture(view: dict[str, Any]) -> Group:
     for b in view["batches"]:
         total = b["pending"] + b["done"] + b["dead"]
         note = "; ".join([*b["flags"], *([b["reason"]] if b["reason"] else [])])
-        bar = ProgressBar(total=max(total, 1), completed=b["done"] + b["dead"], width=24)
+        progress = ProgressBar(total=max(total, 1), completed=b["done"] + b["dead"], width=24)
         batches.add_row(
             b["batch_id"],
             b["state"],
             b["host"] or "-",
             age(b["since"]),
-            bar,
+            progress,
             str(b["done"]),
             str(b["dead"]),
             str(total),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, text
@@ -38,7 +39,7 @@ def register(engine: Engine, host: str, scratch_id: str, scratch_root: Path) -> 
                 f"a host named {host} with another scratch disk was seen less than two minutes ago;"
                 " give each host its own LAB_HOST, or wait if its disk was just replaced"
             )
-        lost = _lose(connection, host)[0] if other else []
+        lost = _lose(connection, host).reopened if other else []
         connection.execute(
             text(
                 "UPDATE hosts SET scratch_id = :id, scratch_root = :root, seen_at = now(), doubted_at = NULL,"
@@ -104,9 +105,17 @@ def silent_hosts(engine: Engine, grace_seconds: float, *, doubt: bool) -> list[t
         return [(row.host, row.lost) for row in rows]
 
 
+@dataclass(frozen=True)
+class Lost:
+    """Batches of a lost host: those that are to be unpacked anew, and those that had ended."""
+
+    reopened: list[str]
+    ended: list[str]
+
+
 @contextmanager
-def losing(engine: Engine, host: str, *, unless_seen: bool = False) -> Iterator[tuple[list[str], list[str]] | None]:
-    """LOST: a host and its scratch are gone. Yields its open and its ended batches, for Redis to forget them.
+def losing(engine: Engine, host: str, *, unless_seen: bool = False) -> Iterator[Lost | None]:
+    """LOST: a host and its scratch are gone. Yields its batches, for Redis to forget them.
 
     What was open is `uploaded` again when the block ends, and nothing is undone by a host that lives after all: it
     finds that the batches are not its own. With `unless_seen` yields None for a host that beats again.
@@ -119,16 +128,16 @@ def losing(engine: Engine, host: str, *, unless_seen: bool = False) -> Iterator[
         if unless_seen and row is not None and row.seen_at is not None and row.doubted_at is None:
             yield None
             return
-        batches = _lose(connection, host)
+        lost = _lose(connection, host)
         connection.execute(
             text("UPDATE hosts SET seen_at = NULL, gpu_seen_at = NULL, doubted_at = NULL WHERE host = :host"),
             {"host": host},
         )
-        yield batches
+        yield lost
 
 
-def _lose(connection: Connection, host: str) -> tuple[list[str], list[str]]:
-    """Take all its batches from a host whose row is locked. Returns those that were open and those that were ended."""
+def _lose(connection: Connection, host: str) -> Lost:
+    """Take all its batches from a host whose row is locked."""
     reopened = connection.execute(
         text(
             "UPDATE batches SET state = 'uploaded', host = NULL, quota = NULL,"
@@ -140,7 +149,7 @@ def _lose(connection: Connection, host: str) -> tuple[list[str], list[str]]:
     ended = connection.execute(
         text("UPDATE batches SET host = NULL, quota = NULL WHERE host = :host RETURNING batch_id"), {"host": host}
     ).scalars()
-    return list(reopened), list(ended)
+    return Lost(list(reopened), list(ended))
 
 
 def disk_of(engine: Engine, host: str) -> str | None:

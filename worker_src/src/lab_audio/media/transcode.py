@@ -222,7 +222,7 @@ def _pump(
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError
-            for key, _ in ready.select(left):
+            for key, _events in ready.select(left):
                 if key.fileobj is process.stdin:
                     waiting = waiting or memoryview(source.read(_BLOCK))
                     # A program that has heard enough closes its end.

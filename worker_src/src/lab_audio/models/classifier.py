@@ -137,13 +137,13 @@ class Classifier:
         A text too long for one prompt is scored in chunks, and the highest score counts.
         Raises ConfigError for a policy that leaves no room for content, Fatal if the GPU fails.
         """
-        results: list[list[Classification]] = [[] for _ in texts]
+        results: list[list[Classification]] = [[] for _text in texts]
         for policy in policies:
             prefix = self._prefix(policy)
             tails = [self._tails(text, self._max_tokens - prefix.tokens) for text in texts]
             scores = iter(self._scores(prefix, [tail for chunks in tails for tail in chunks]))
             for result, chunks in zip(results, tails, strict=True):
-                result.append(self._classification(policy, [next(scores) for _ in chunks]))
+                result.append(self._classification(policy, [next(scores) for _chunk in chunks]))
         return results
 
     def _classification(self, policy: Policy, chunks: list[float]) -> Classification:

@@ -91,16 +91,15 @@ def lose_host(stores: Stores, host: str, *, unless_seen: bool = False) -> list[s
 
     Redis is told within the ledger's transaction: whoever takes or publishes a batch there waits until it is over.
     """
-    with ledger.losing(stores.engine, host, unless_seen=unless_seen) as batches:
-        if batches is None:
+    with ledger.losing(stores.engine, host, unless_seen=unless_seen) as lost:
+        if lost is None:
             return None
-        returned, ended = batches
         queues.forget_host(stores.client, host)
-        for batch_id in (*returned, *ended):
+        for batch_id in (*lost.reopened, *lost.ended):
             queues.forget_batch(stores.client, batch_id)
-    if returned or ended:
-        get_logger().warning("host lost", host=host, batches=returned)
-    return returned
+    if lost.reopened or lost.ended:
+        get_logger().warning("host lost", host=host, batches=lost.reopened)
+    return lost.reopened
 
 
 def adopt_archives(stores: Stores, report: Report, *, dry_run: bool) -> None:

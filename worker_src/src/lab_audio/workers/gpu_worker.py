@@ -206,7 +206,7 @@ class Slot:
     def _take_in_hand(self) -> None:
         """Take what is ready for the models, in order; a recording that was tried before goes alone."""
         while self.ahead and len(self.hand) < self.settings.classify_batch:
-            _, future = self.ahead[0]
+            future = self.ahead[0][1]
             if self.hand and not future.done():
                 return
             work = future.result()
@@ -268,13 +268,13 @@ class Slot:
             return
         try:
             with watchdog(samples):
-                verdicts = self.models.classify([transcript.text for _, transcript in spoken])
+                verdicts = self.models.classify([transcript.text for _work, transcript in spoken])
             for (work, transcript), verdict in zip(spoken, verdicts, strict=True):
                 work.result = Result(transcript, verdict)
         except Fatal:
             raise
         except Exception as error:
-            for work, _ in spoken:
+            for work, _transcript in spoken:
                 work.went_wrong(error)
 
     def _judge(self) -> None:
@@ -283,7 +283,7 @@ class Slot:
         if proven:
             with self._noting_sickness():
                 prove(self.models)
-        for _ in range(proven):
+        for _suspect in range(proven):
             self._blame(self.suspects[0])
             self.suspects.popleft()
 
@@ -383,7 +383,7 @@ class Slot:
 
     def _reap(self, most: int) -> None:
         """Wait until at most so many uploads are under way; raises what went wrong in one."""
-        done = [future for _, future in self.behind if future.done()]
+        done = [future for _work, future in self.behind if future.done()]
         self.behind = deque((work, future) for work, future in self.behind if future not in done)
         for future in done:
             future.result()
@@ -397,7 +397,7 @@ class Slot:
         # A sick worker ends soon: results that wait for their turn lie on scratch, and the next process sends them.
         self.uploaders.shutdown(wait=True, cancel_futures=self.sickness is not None)
         unsent = [work for work, future in self.behind if future.cancelled()]
-        failures = [future.exception() for _, future in self.behind if not future.cancelled()]
+        failures = [future.exception() for _work, future in self.behind if not future.cancelled()]
         left = [*self.suspects, *self.hand]
         prepared = [
             job for job, future in self.ahead if future.cancelled() or future.exception() or future.result() is not None

@@ -243,7 +243,7 @@ def copy_archive(transfer: Transfer, minted: Mint, path: Path) -> tuple[tar.Buil
     count = 0
     try:
         with path.open("rb") as content:
-            for _ in tar.read(content):
+            for _member in tar.read(content):
                 count += 1
     except tar.ArchiveBroken as error:
         get_logger().warning("archive at the source is broken", path=file.path, reason=str(error))

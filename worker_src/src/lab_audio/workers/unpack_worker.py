@@ -309,6 +309,7 @@ def spooled(recording: BinaryIO, folder: Path) -> BinaryIO:
 
 def encode(row: NewItem, mp3: BinaryIO, folder: Path, bitrate: int) -> NewItem:
     """Encode one recording; one that cannot be is a row with the reason."""
+    reason = ""
     with mp3:
         for tries_left in reversed(range(FFMPEG_TRIES)):
             try:

@@ -1,4 +1,4 @@
-"""`make test`: lint, ansible-test sanity, the tests of modules and workers by tier, and the chaos campaign, each with its result and time.
+"""`make test`: lint, ansible-test sanity, every tier of tests, and the chaos campaign, each with result and time.
 
 run.py [lint] [sanity] [TIER...] runs only those. REQUIRE_ALL=1: what cannot run here fails; else it is only said.
 """

@@ -428,6 +428,15 @@ def sha256_of(stream: t.Iterable[bytes]) -> str:
     return whole.hexdigest()
 
 
+def room(path: str) -> int:
+    """Bytes that `download` may write: those free there, and those of what a killed run left."""
+    there = os.statvfs(os.path.dirname(path) or ".")
+    free = there.f_bavail * there.f_frsize
+    with contextlib.suppress(FileNotFoundError):
+        free += os.lstat(f"{path}.part").st_blocks * 512
+    return free
+
+
 def download(store: Store, key: str, found: Head, path: str) -> str:
     """Write an object to a file, whole or not at all; its SHA-256. Raises StoreError, OSError."""
     part, whole = f"{path}.part", hashlib.sha256()

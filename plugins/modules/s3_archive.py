@@ -62,6 +62,10 @@ options:
 notes:
   - What is below C(archives/) is never replaced by other content, since recordings may have been read from it already.
     Objects elsewhere are.
+  - Two runs that store under one key at the same time disturb each other; then one fails and can be run again.
+seealso:
+  - module: amazon.aws.s3_object
+    description: For AWS, with all that S3 offers there.
 requirements:
   - boto3 >= 1.36
 author:
@@ -243,9 +247,9 @@ def fetched(store: _s3.Store, key: str, params: dict[str, t.Any], changes: Chang
             if before["sha256"] == sha256:
                 return {**result, "sha256": sha256}
     changes.note(f"fetch {there.size} bytes to {dest}", dest, before, {"size": there.size, "sha256": there.sha256})
-    free = os.statvfs(folder)
-    if free.f_bavail * free.f_frsize < there.size:
-        raise Refused(f"{folder} has {free.f_bavail * free.f_frsize} bytes free, {key} needs {there.size}: make room")
+    free = _s3.room(dest)
+    if free < there.size:
+        raise Refused(f"{folder} has {free} bytes free, {key} needs {there.size}: make room")
     if not check:
         result["sha256"] = _s3.download(store, key, there, dest)
     return result

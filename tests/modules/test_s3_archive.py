@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from botocore.config import Config
 
 from conftest import CHECKOUT, Run, command, environment, write_arguments
 from processes import NotReady
+from proxy import Cut, Proxy
 from seaweedfs import SeaweedFS
 from swift import Swift
 
@@ -302,66 +302,125 @@ def test_secrets_come_from_files(run: Run, bucket: Bucket, tmp_path: Path) -> No
     assert "cannot be read" in said["msg"]
 
 
-class Damaging:
-    """A proxy that flips a byte of what goes to the store, or cuts off what comes back after so many bytes."""
-
-    def __init__(self, endpoint: str, *, flip: bytes = b"", cut_after: int = 0) -> None:
-        self.target = int(endpoint.rsplit(":", 1)[1])
-        self.flip, self.cut_after, self.cuts = flip, cut_after, 1
-        self.server = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"http://127.0.0.1:{self.server.getsockname()[1]}"
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self) -> None:
-        while True:
-            try:
-                here, _ = self.server.accept()
-            except OSError:
-                return
-            there = socket.create_connection(("127.0.0.1", self.target))
-            threading.Thread(target=self.pump, args=(here, there, True), daemon=True).start()
-            threading.Thread(target=self.pump, args=(there, here, False), daemon=True).start()
-
-    def pump(self, one: socket.socket, other: socket.socket, request: bool) -> None:
-        passed = 0
-        try:
-            while block := one.recv(1 << 16):
-                if request and self.flip and self.flip in block:
-                    block = block.replace(self.flip, self.flip[::-1])
-                passed += len(block)
-                other.sendall(block)
-                if not request and self.cut_after and passed > self.cut_after and self.cuts:
-                    self.cuts -= 1
-                    break
-        except OSError:
-            pass
-        for end in (one, other):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)  # wakes the other direction's thread
-            end.close()
-
-    def close(self) -> None:
-        self.server.close()
+def test_what_is_damaged_on_the_way_is_noticed(run: Run, server: Any, bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a" * MIB + b"\0")
+    with Proxy(server) as proxy:
+        proxy.on_request = lambda block: block.replace(b"\0", b"\1")
+        options = {**bucket.options, "endpoint_url": proxy.endpoint, "ca_bundle": None, "key": "a"}
+        said = run(MODULE, **options, src=tmp_path / "a")
+    assert said["failed"] and f"PutObject {proxy.endpoint}/{bucket.name}/a: 4" in said["msg"], said
+    assert bucket.keys() == []
 
 
-def test_what_is_damaged_on_the_way_is_noticed_and_what_breaks_off_goes_on(
-    run: Run, bucket: Bucket, tmp_path: Path
+@pytest.mark.parametrize("size", [MIB, 33 * MIB])
+def test_what_the_store_holds_is_compared(run: Run, server: Any, bucket: Bucket, tmp_path: Path, size: int) -> None:
+    (tmp_path / "a").write_bytes(b"a" * size)
+    etag = run(MODULE, **bucket.options, key="b", src=tmp_path / "a")["etag"].encode()
+    with Proxy(server) as proxy:
+        proxy.on_reply = lambda block: block.replace(etag, etag[:32][::-1] + etag[32:])
+        options = {**bucket.options, "endpoint_url": proxy.endpoint, "ca_bundle": None, "key": "a"}
+        said = run(MODULE, **options, src=tmp_path / "a")
+    assert "damaged on the way; it is deleted" in said["msg"], said
+    assert bucket.keys() == ["b"]
+
+
+@pytest.mark.parametrize("size", [MIB, 33 * MIB])
+@pytest.mark.parametrize("src", ["d", "d/a"])
+def test_what_changes_while_it_is_read_is_not_stored(
+    run: Run, server: Any, bucket: Bucket, tmp_path: Path, size: int, src: str
 ) -> None:
-    if bucket.options["endpoint_url"].startswith("https"):
-        return  # nobody can damage it there
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a").write_bytes(b"a" * size)
+
+    def change(block: bytes) -> bytes:
+        if block.startswith(b"HEAD"):  # the first pass is done
+            (tmp_path / "d" / "a").write_bytes(b"a" * (size - 1) + b"b")
+        return block
+
+    with Proxy(server) as proxy:
+        proxy.on_request = change
+        options = {**bucket.options, "endpoint_url": proxy.endpoint, "ca_bundle": None, "key": "a"}
+        said = run(MODULE, **options, src=tmp_path / src)
+    assert "changed while it was read" in said["msg"], said
+    assert bucket.keys() == [] and bucket.uploads() == []
+
+
+def test_a_body_that_breaks_off_is_asked_for_from_there(run: Run, server: Any, bucket: Bucket, tmp_path: Path) -> None:
     data = random.Random(7).randbytes(4 * MIB)
-    (tmp_path / "a").write_bytes(data)
-    proxy = Damaging(bucket.options["endpoint_url"], flip=data[MIB : MIB + 8])
-    said = run(MODULE, **{**bucket.options, "endpoint_url": proxy.endpoint}, key="a", src=tmp_path / "a")
-    proxy.close()
-    assert said.get("failed") and bucket.keys() == [], said
     bucket.put("a", data)
-    proxy = Damaging(bucket.options["endpoint_url"], cut_after=MIB)
-    fetched = run(
-        MODULE, **{**bucket.options, "endpoint_url": proxy.endpoint}, state="fetched", key="a", dest=tmp_path / "b"
-    )
-    proxy.close()
-    assert fetched["changed"] and proxy.cuts == 0 and (tmp_path / "b").read_bytes() == data
+    passed: list[int] = []
+
+    def cut_once(block: bytes) -> bytes:
+        passed.append(len(block))
+        if sum(passed) > MIB >= sum(passed[:-1]):
+            raise Cut
+        return block
+
+    with Proxy(server) as proxy:
+        proxy.on_reply = cut_once
+        options = {**bucket.options, "endpoint_url": proxy.endpoint, "ca_bundle": None, "key": "a"}
+        fetched = run(MODULE, **options, state="fetched", dest=tmp_path / "b")
+    assert fetched["changed"] and (tmp_path / "b").read_bytes() == data
+    assert sum(passed) < 6 * MIB
+
+
+def test_a_store_that_goes_away_leaves_nothing_half(run: Run, server: Any, bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(random.Random(8).randbytes(33 * MIB))
+    bucket.put("b", b"b" * 4 * MIB)
+    passed = 0
+
+    def cut_after(block: bytes) -> bytes:
+        nonlocal passed
+        passed += len(block)
+        if passed > limit:
+            raise Cut
+        return block
+
+    with Proxy(server) as proxy:
+        options = {**bucket.options, "endpoint_url": proxy.endpoint, "ca_bundle": None}
+        limit, proxy.on_request = 20 * MIB, cut_after
+        said = run(MODULE, **options, key="a", src=tmp_path / "a")
+        assert "UploadPart" in said["msg"] and "can this host reach it?" in said["msg"], said
+        limit, passed, proxy.on_request, proxy.on_reply = MIB, 0, lambda block: block, cut_after
+        said = run(MODULE, **options, key="b", state="fetched", dest=tmp_path / "c")
+        assert "GetObject" in said["msg"] and "can this host reach it?" in said["msg"], said
+    assert bucket.keys() == ["b"] and not list(tmp_path.glob("c*"))
+    assert run(MODULE, **bucket.options, key="a", src=tmp_path / "a")["changed"] and bucket.uploads() == []
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    (tmp_path / "small").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path / "small"], check=True)
+    yield tmp_path / "small"
+    subprocess.run(["umount", tmp_path / "small"], check=True)
+
+
+def test_room_is_looked_for_first(predicted: Run, bucket: Bucket, small: Path) -> None:
+    bucket.put("large", b"x" * 5 * MIB)
+    said = predicted(MODULE, **bucket.options, state="fetched", key="large", dest=small)
+    assert "make room" in said["msg"] and not list(small.iterdir())
+    bucket.put("fits", b"x" * 3 * MIB)
+    (small / "fits.part").write_bytes(b"y" * 3 * MIB)  # a run was killed here
+    assert predicted(MODULE, **bucket.options, state="fetched", key="fits", dest=small)["changed"]
+    assert [path.name for path in small.iterdir()] == ["fits"]
+
+
+def test_what_another_writes_to_is_left_alone(run: Run, bucket: Bucket, tmp_path: Path) -> None:
+    bucket.put("a", b"x")
+    options = {**bucket.options, "state": "fetched", "key": "a", "dest": tmp_path / "a"}
+    with (tmp_path / "a.part").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("other")
+        other.flush()
+        assert "is being written by another run" in run(MODULE, **options)["msg"]
+        assert (tmp_path / "a.part").read_text() == "other"
+    (tmp_path / "a.part").unlink()
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "a.part").symlink_to("precious")
+    assert f"{tmp_path}/a.part: " in run(MODULE, **options)["msg"]
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_a_missing_library_is_named(run: Run, bucket: Bucket, tmp_path: Path) -> None:

@@ -1,0 +1,603 @@
+#!/usr/bin/python
+# Copyright: The lab.audio maintainers
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: gpu_volume
+short_description: Format, mount, grow and lay out the data volume of a GPU worker
+version_added: 0.1.0
+description:
+  - Puts a file system on a blank disk, mounts it, enters it in fstab by UUID, grows it, and makes directories on it.
+  - It fails closed. A disk is formatted only if it is proved to be blank. Any doubt, also a probe that fails or does
+    not answer, is an error that names the probe and what it saw, and nothing is changed.
+  - A file system of O(fstype) that is on the disk is used as it is. It is never formatted again, unless O(wipe) names
+    its very UUID.
+extends_documentation_fragment:
+  - lab.audio._attributes
+  - lab.audio._attributes.action_group
+attributes:
+  check_mode:
+    support: full
+    details:
+      - What is on a file system that is not mounted is not known, so its owner, mode and directories are one step.
+  diff_mode:
+    support: full
+    details:
+      - The UUID of a file system that is to be made is shown as V((new)).
+  idempotent:
+    support: full
+  async:
+    support: full
+  platform:
+    support: full
+    platforms: linux
+options:
+  device:
+    description:
+      - Path of the disk, for example C(/dev/disk/by-id/virtio-65953b61-0af1-42f6-a), or V(LABEL=name), or V(UUID=uuid).
+      - A bare path such as V(/dev/vdb) can be another disk after a restart, so it needs O(expected_size).
+      - With O(state=present), one of O(device), O(volume_id) and O(serial) is needed. If more are given, they must
+        agree. A disk is never chosen without.
+    type: str
+  volume_id:
+    description:
+      - Id of the Cinder volume. virtio and NVMe disks show the first 20 characters of it, which is then compared.
+    type: str
+  serial:
+    description: Serial of the disk, as it shows it.
+    type: str
+  expected_size:
+    description:
+      - Size of the disk, for example V(100G), with units of 1024. Half a percent more or less is let pass.
+    type: str
+  path:
+    description: Directory to mount it at. No symbolic link, and empty if nothing is mounted there.
+    type: path
+    default: /data
+  fstype:
+    description: File system to make, or that has to be there.
+    type: str
+    choices: [ext4, xfs]
+    default: ext4
+  label:
+    description: Label of a file system that is made. The label of one that is there is let be.
+    type: str
+  mount_options:
+    description:
+      - Options of the mount. C(nofail) and C(x-systemd.device-timeout=30s) are added, so that the host starts without
+        the disk.
+    type: list
+    elements: str
+    default: []
+  directories:
+    description: Directories to make on the volume.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      path:
+        description: Path below O(path), such as V(models).
+        type: str
+        required: true
+      owner:
+        description: Name or number of the owner. Let be if not given.
+        type: str
+      group:
+        description: Name or number of the group. Let be if not given.
+        type: str
+      mode:
+        description: Mode as an octal number in quotes.
+        type: str
+        default: "0750"
+  owner:
+    description: Name or number of the owner of O(path). What is in it is let be.
+    type: str
+  group:
+    description: Name or number of the group of O(path).
+    type: str
+  mode:
+    description: Mode of O(path) as an octal number in quotes.
+    type: str
+    default: "0750"
+  wipe:
+    description:
+      - What to destroy, if the disk is not blank. The UUID or the type of the signature that is there, such as
+        V(LVM2_member), or V(unsigned-data) if there are data without a signature. Anything else is refused.
+      - A file system of O(fstype) is destroyed only by its UUID. So the task may stay as it is afterwards.
+      - A disk that is in use, has partitions or several kinds of signatures is refused.
+    type: str
+  grow:
+    description: Grow the file system while mounted if the disk has at least 16 MiB more.
+    type: bool
+    default: true
+  state:
+    description:
+      - V(present) - the volume is mounted.
+      - V(absent) - nothing is mounted at O(path), nor is it in fstab. The data are let be.
+    type: str
+    choices: [present, absent]
+    default: present
+  fstab:
+    description: File to enter the mount in.
+    type: path
+    default: /etc/fstab
+notes:
+  - Blank means that C(blkid -p) and C(wipefs --no-act) find nothing; that there are no partitions, holders, mounts or
+    swap, and an C(O_EXCL) open works; and that the first 8 MiB, the last MiB and the places of backup superblocks
+    of ext4, xfs and btrfs, and samples all over the disk, read as zeros. So a new Cinder volume is blank.
+  - Before a disk is formatted, a marker is written into its last MiB, which the new file system leaves free until it
+    grows. The marker holds the UUID that the file system gets, and is erased when it is whole. A run that finds the
+    marker of one that was killed finishes or repeats the formatting. It never repeats it once there is a file system
+    that was mounted, or that has another UUID.
+  - A run waits at most 120 seconds for another on the same host.
+requirements:
+  - util-linux
+  - e2fsprogs for ext4, xfsprogs for xfs
+seealso:
+  - module: ansible.posix.mount
+author:
+  - The lab.audio maintainers (@lab-audio)
+"""
+
+EXAMPLES = r"""
+- name: The data volume of a GPU worker, from a Cinder volume
+  lab.audio.gpu_volume:
+    volume_id: 65953b61-0af1-42f6-a8d1-5b1b2a4f3c11
+    expected_size: 100G
+    owner: lab-audio
+    group: lab-audio
+    directories:
+      - {path: models, owner: lab-audio, group: lab-audio}
+      - {path: scratch, owner: lab-audio, group: lab-audio}
+
+- name: A disk that is known by its name only
+  lab.audio.gpu_volume:
+    device: /dev/vdb
+    expected_size: 100G
+    fstype: xfs
+    mount_options: [noatime]
+
+- name: Format a disk that was part of LVM, and destroy what is on it
+  lab.audio.gpu_volume:
+    device: /dev/disk/by-id/virtio-65953b61-0af1-42f6-a
+    wipe: LVM2_member
+
+- name: Unmount it for good and keep its data
+  lab.audio.gpu_volume:
+    state: absent
+    path: /data
+"""
+
+RETURN = r"""
+device:
+  description: The disk.
+  returned: with O(state=present)
+  type: str
+  sample: /dev/vdb
+size:
+  description: Bytes of the disk.
+  returned: with O(state=present)
+  type: int
+  sample: 107374182400
+uuid:
+  description: UUID of the file system. V((new)) in check mode if it would be made.
+  returned: with O(state=present)
+  type: str
+  sample: 0e4b6a3f-8c0d-4f7e-9a51-2f1d3c5b7a90
+fstype:
+  description: Type of the file system.
+  returned: with O(state=present)
+  type: str
+  sample: ext4
+mount_point:
+  description: Where it is mounted, or was.
+  returned: always
+  type: str
+  sample: /data
+plan:
+  description: What was done, or in check mode would be.
+  returned: always
+  type: list
+  elements: str
+  sample: ["format /dev/vdb as ext4", "mount /dev/vdb at /data"]
+"""
+
+import grp
+import os
+import pwd
+import re
+import stat
+import typing as t
+import uuid
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.common.text.formatters import human_to_bytes
+from ansible_collections.lab.audio.plugins.module_utils import _fstab
+from ansible_collections.lab.audio.plugins.module_utils._block import (
+    MIB,
+    SYSTEM_MOUNTS,
+    Disk,
+    Refused,
+    execute,
+    find_disk,
+    first_byte,
+    mounts,
+    read_signatures,
+    refuse_in_use,
+    refuse_partitions,
+    superblock,
+)
+from ansible_collections.lab.audio.plugins.module_utils._changes import Changes
+
+LABEL_LENGTH = {"ext4": 16, "xfs": 12}
+NEW = "(new)"
+UNSIGNED = "unsigned-data"
+WORTH_GROWING = 16 * MIB
+MARKER = 4096
+LONG = 3600
+Params = dict[str, t.Any]
+
+
+class Content(t.NamedTuple):
+    """What is on the disk. `uuid`: of the file system to use, or empty if it is to be made.
+
+    `destroys`: what is wiped before. `marked`: UUID of a formatting that was killed.
+    """
+
+    uuid: str
+    destroys: str = ""
+    marked: str = ""
+
+
+def marker(disk: Disk, identity: str) -> bytes:
+    return f"lab.audio.gpu_volume formats {disk.size} bytes as {identity}\n".encode().ljust(MARKER, b"\0")
+
+
+def marker_place(disk: Disk) -> int:
+    return (disk.size - MIB) // MARKER * MARKER
+
+
+def read_marker(disk: Disk) -> str:
+    with open(disk.node, "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), MARKER, marker_place(disk))
+    found = re.match(rb"lab\.audio\.gpu_volume formats \d+ bytes as ([0-9a-f-]{36})\n", data)
+    identity = found[1].decode() if found else ""
+    return identity if found and data == marker(disk, identity) else ""
+
+
+def write_marker(disk: Disk, data: bytes) -> None:
+    """Written only where nobody else has the disk, and on it when this returns."""
+    file = os.open(disk.node, os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC)
+    try:
+        if os.pwrite(file, data, marker_place(disk)) != len(data):
+            raise Refused(f"{disk.node}: a short write")
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def inspect(disk: Disk, fstype: str, wipe: str | None, mounted: bool) -> Content:
+    """What to do with the disk. Raises Refused unless it has the file system, is blank, or `wipe` names what it has."""
+    found = read_signatures(disk)
+    if mounted:
+        if found.kinds == {fstype} and found.uuid:
+            return Content(found.uuid)
+        raise Refused(f"{disk.node} is mounted and has {listed(found.kinds)}, not {fstype}; correct fstype")
+    marked = read_marker(disk)
+    if found.kinds == {fstype} and found.uuid and marked != found.uuid and wipe != found.uuid:
+        return Content(found.uuid)
+    refuse_partitions(disk)
+    if not disk.whole and not found.kinds:
+        raise Refused(f"{disk.node} is a partition; only whole disks are formatted")
+    if marked and found.kinds == {fstype} and found.uuid == marked:
+        return inspect_marked(disk, fstype, marked)
+    if not found.kinds:
+        place = None if marked else first_byte(disk)
+        if place is None:
+            return Content("", marked=marked)
+        if wipe == UNSIGNED:
+            return Content("", destroys=UNSIGNED)
+        raise Refused(
+            f"{disk.node} has no signature, but byte {place} is not zero: perhaps a damaged file system. If its data"
+            f" may be destroyed, say wipe: {UNSIGNED}"
+        )
+    if len(found.kinds) > 1:
+        raise Refused(f"{disk.node} has {listed(found.kinds)}; clear it by hand if its data may be destroyed")
+    if not disk.whole:
+        raise Refused(f"{disk.node} is a partition with {listed(found.kinds)}; only whole disks are formatted")
+    if wipe in found.names and not (fstype in found.kinds and wipe == fstype):
+        return Content("", destroys=t.cast(str, wipe))
+    said = f", and wipe says {wipe}" if wipe else ""
+    raise Refused(
+        f"{disk.node} has {listed(found.kinds)}{said}. If its data may be destroyed, say wipe with one of:"
+        f" {', '.join(sorted(found.names - {fstype})) or 'none, as it has no UUID'}"
+    )
+
+
+def inspect_marked(disk: Disk, fstype: str, marked: str) -> Content:
+    """A formatting was killed when its file system was there. It is used if it is whole, and made again if unused."""
+    if superblock(disk, fstype)["size"] > marker_place(disk):
+        return Content(marked)  # It was grown over the marker, so these bytes are its own.
+    try:
+        if fstype == "ext4":
+            execute("e2fsck", "-fn", disk.node, seconds=LONG)
+        else:
+            execute("xfs_repair", "-n", disk.node, seconds=LONG)
+    except Refused as error:
+        if superblock(disk, fstype)["unused"]:
+            return Content("", marked=marked)
+        raise Refused(f"{disk.node} was formatted, mounted and is damaged now; repair it: {error}") from error
+    return Content(marked, marked=marked)
+
+
+def listed(kinds: t.Iterable[str]) -> str:
+    return " and ".join(sorted(kinds)) or "no signature"
+
+
+def make_file_system(disk: Disk, params: Params, content: Content, lock: int) -> str:
+    """Format a disk that may be. Killed at any moment, the next run knows by the marker that it was ours."""
+    identity = content.marked or str(uuid.uuid4())
+    if not content.marked:
+        write_marker(disk, marker(disk, identity))
+    execute("wipefs", "--all", disk.node, seconds=LONG, keep=[lock])
+    label = ["-L", params["label"]] if params["label"] else []
+    blocks = marker_place(disk) // 4096
+    if params["fstype"] == "ext4":
+        command = ["mkfs.ext4", "-q", "-b", "4096", "-E", "nodiscard", "-U", identity, *label, disk.node, str(blocks)]
+    else:
+        size = f"size={blocks * 4096}"
+        command = ["mkfs.xfs", "-q", "-K", "-m", f"uuid={identity}", "-d", size, *label, disk.node]
+    execute(*command, seconds=LONG, keep=[lock])
+    write_marker(disk, bytes(MARKER))
+    return identity
+
+
+def check_path(path: str, device: str, mounted: bool) -> None:
+    if path in SYSTEM_MOUNTS or not os.path.isabs(path):
+        raise Refused(f"path {path} is the system's own, or not absolute; name another")
+    if os.path.realpath(path) != path:
+        raise Refused(f"path {path} goes through a symbolic link; name {os.path.realpath(path)} if it is meant")
+    if mounted:
+        return
+    if any(place == path for _number, place in mounts()):
+        raise Refused(f"another disk than {device} is mounted at {path}; unmount it or name another path")
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise Refused(f"path {path} is no directory")
+    if os.path.isdir(path) and os.listdir(path):
+        raise Refused(f"{path} has files in it that the mount would hide; move them away or name another path")
+
+
+def file_system_size(disk: Disk, fstype: str, path: str, mounted: bool) -> int:
+    if fstype == "xfs" and mounted:
+        # The kernel's own copy of the superblock can be newer than the disk's.
+        _code, out = execute("xfs_info", path)
+        seen = re.search(r"data\s+=\s*bsize=(\d+)\s+blocks=(\d+)", out)
+        if not seen:
+            raise Refused(f"xfs_info {path}: its output is not understood: {out.strip()}")
+        return int(seen[1]) * int(seen[2])
+    return superblock(disk, fstype)["size"]
+
+
+def number_of(kind: str, name: str | None) -> int:
+    """The number of an owner or a group; -1, which lets it be, without a name."""
+    if name is None:
+        return -1
+    if name.isdigit():
+        return int(name)
+    try:
+        return pwd.getpwnam(name).pw_uid if kind == "owner" else grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise Refused(f"{kind} {name} does not exist on this host; create it first") from None
+
+
+def wanted_directories(params: Params) -> list[tuple[str, int, int, int]]:
+    """Path, owner, group and mode of the top and of each directory, parents first."""
+    wanted = []
+    for each in [{**params, "path": ""}, *sorted(params["directories"], key=lambda one: one["path"])]:
+        if not re.match(r"^0[0-7]{3,4}$", each["mode"]):
+            raise Refused(f"mode {each['mode']} of {each['path'] or params['path']} is not octal in quotes, as '0750'")
+        if os.path.isabs(each["path"]) or ".." in each["path"].split("/"):
+            raise Refused(f"directory {each['path']} must be a path below {params['path']}")
+        owner, group = number_of("owner", each["owner"]), number_of("group", each["group"])
+        wanted.append(
+            (os.path.normpath(os.path.join(params["path"], each["path"])), owner, group, int(each["mode"], 8))
+        )
+    return wanted
+
+
+def lay_out(wanted: list[tuple[str, int, int, int]], changes: Changes | None, check: bool) -> None:
+    """Make directories and set owner and mode. Without `changes` they are not told one by one."""
+    top = wanted[0][0]
+    for path, owner, group, mode in wanted:
+        if os.path.lexists(path) and (os.path.realpath(path) != path or not os.path.isdir(path)):
+            raise Refused(f"{path} is not a directory, or goes through a symbolic link; remove it")
+        seen = os.stat(path) if os.path.lexists(path) else None
+        before = (
+            {"owner": seen.st_uid, "group": seen.st_gid, "mode": f"{stat.S_IMODE(seen.st_mode):04o}"} if seen else {}
+        )
+        asked = {"owner": owner, "group": group, "mode": f"{mode:04o}"}
+        after = {name: before.get(name) if value == -1 else value for name, value in asked.items()}
+        if after == before:
+            continue
+        if changes:
+            changes.note(f"{'set owner and mode of' if seen else 'make'} {path}", path, before or None, after)
+        if check:
+            continue
+        if not seen:
+            if os.path.realpath(os.path.dirname(path)) != os.path.dirname(path):
+                raise Refused(f"{path} goes through a symbolic link below {top}; remove it")
+            os.makedirs(path, 0o750)
+        os.chown(path, owner, group)
+        os.chmod(path, mode)
+
+
+def enter(fstab: str, new: str) -> None:
+    _fstab.write(fstab, new)
+    if fstab == "/etc/fstab" and os.path.isdir("/run/systemd/system"):
+        execute("systemctl", "daemon-reload", seconds=60)
+
+
+def present(params: Params, changes: Changes, check: bool, lock: int) -> dict[str, t.Any]:
+    """Check everything, then change what is not as wanted, step by step."""
+    path, fstype, fstab = params["path"], params["fstype"], params["fstab"]
+    disk = find_disk(params["device"], params["volume_id"], params["serial"], params["expected_size"])
+    wanted = wanted_directories(params)
+    mounted = refuse_in_use(disk, path)
+    check_path(path, disk.node, mounted)
+    content = inspect(disk, fstype, params["wipe"], mounted)
+    identity = content.uuid or NEW
+    size = file_system_size(disk, fstype, path, mounted) if content.uuid else disk.size
+    grows = params["grow"] and disk.size - size >= WORTH_GROWING
+    if content.uuid and os.path.exists(f"/dev/disk/by-uuid/{identity}"):
+        other = os.path.realpath(f"/dev/disk/by-uuid/{identity}")
+        if other != disk.node:
+            raise Refused(f"{other} has the UUID {identity} too, so fstab would be ambiguous; change one of them")
+
+    if content.destroys:
+        changes.note(f"destroy {content.destroys} on {disk.node}", "content", content.destroys, None)
+    if not content.uuid:
+        changes.note(f"format {disk.node} as {fstype}", "file system", content.destroys or None, fstype)
+        if not check:
+            identity = make_file_system(disk, params, content, lock)
+    elif content.marked:
+        changes.note(f"finish the formatting of {disk.node}", "formatting", "unfinished", "finished")
+        if not check:
+            write_marker(disk, bytes(MARKER))
+
+    if not os.path.isdir(path):
+        changes.note(f"make {path}", f"{path} below the mount", None, "directory")
+        if not check:
+            os.makedirs(path, 0o755)
+
+    before = _fstab.read(fstab)
+    options = ",".join(params["mount_options"] + ["nofail"])
+    if "x-systemd.device-timeout" not in options:
+        options += ",x-systemd.device-timeout=30s"
+    line = f"UUID={identity} {_fstab.escape(path)} {fstype} {options} 0 2"
+    after = _fstab.edit(before, lambda source, place: place == path or source.lower() == f"uuid={identity}", line)
+    if after != before:
+        shown = after if content.uuid else after.replace(f"UUID={identity} ", f"UUID={NEW} ")
+        changes.note(f"enter {path} in {fstab}", fstab, before, shown)
+        if not check:
+            enter(fstab, after)
+    try:
+        if not mounted:
+            changes.note(f"mount {disk.node} at {path}", "mounted", None, path)
+            if not check:
+                execute("mount", "-t", fstype, "-o", options, disk.node, path, seconds=300, keep=[lock])
+                if (disk.number, path) not in mounts():
+                    raise Refused(f"mount said that {disk.node} is mounted at {path}, but the kernel does not show it")
+        elif after != before and not check:
+            execute("mount", "-o", f"remount,{options}", path, seconds=300, keep=[lock])
+    except Refused as error:
+        if after != before:
+            enter(fstab, before)
+        raise Refused(f"{error}; {fstab} is as it was before") from error
+
+    if grows:
+        changes.note(f"grow {fstype} on {disk.node} to the size of the disk", "grown", size, disk.size)
+        if not check:
+            execute(
+                *(["resize2fs", disk.node] if fstype == "ext4" else ["xfs_growfs", path]), seconds=LONG, keep=[lock]
+            )
+    if not mounted:
+        told = ", ".join(each[0] for each in wanted)
+        changes.note(f"set owner and mode of {told}", "directories", None, told)
+    if mounted or not check:
+        lay_out(wanted, changes if mounted else None, check)
+    return {"device": disk.node, "size": disk.size, "uuid": identity, "fstype": fstype, "mount_point": path}
+
+
+def absent(params: Params, changes: Changes, check: bool, lock: int) -> dict[str, t.Any]:
+    path, fstab = params["path"], params["fstab"]
+    if path in SYSTEM_MOUNTS or not os.path.isabs(path):
+        raise Refused(f"path {path} is the system's own, or not absolute; name another")
+    there = [number for number, place in mounts() if place == path]
+    if there and (params["device"] or params["volume_id"] or params["serial"]):
+        disk = find_disk(params["device"], params["volume_id"], params["serial"], params["expected_size"])
+        if there != [disk.number]:
+            raise Refused(f"another disk than {disk.node} is mounted at {path}; nothing is unmounted")
+    for _number in there:
+        changes.note(f"unmount {path}", "mounted", path, None)
+        if not check:
+            execute("umount", path, seconds=300, keep=[lock])
+    before = _fstab.read(fstab)
+    after = _fstab.edit(before, lambda source, place: place == path, None)
+    if after != before:
+        changes.note(f"remove {path} from {fstab}", fstab, before, after)
+        if not check:
+            enter(fstab, after)
+    return {"mount_point": path}
+
+
+def refine(params: Params) -> None:
+    """Check the options that need no disk, and put sizes and paths into their last form."""
+    params["path"] = os.path.normpath(params["path"])
+    params["fstab"] = os.path.realpath(params["fstab"])
+    device = params["device"] or ""
+    named = device.startswith(("/dev/disk/by-", "LABEL=", "UUID="))
+    if params["state"] == "present" and device and not named and not params["expected_size"]:
+        raise Refused(f"device {device} can be another disk after a restart: say its expected_size too, as 100G")
+    if params["expected_size"]:
+        try:
+            params["expected_size"] = human_to_bytes(params["expected_size"])
+        except ValueError as error:
+            raise Refused(f"expected_size {params['expected_size']} is not a size such as 100G") from error
+    longest = LABEL_LENGTH[params["fstype"]]
+    if params["label"] and len(params["label"].encode()) > longest:
+        raise Refused(f"label {params['label']} has more than the {longest} bytes of {params['fstype']}")
+    for option in params["mount_options"]:
+        if re.search(r"[\s#]", option) or not option:
+            raise Refused(f"mount option {option!r} has a blank or a # in it")
+
+
+def main() -> None:
+    directory = {
+        "path": {"type": "str", "required": True},
+        "owner": {"type": "str"},
+        "group": {"type": "str"},
+        "mode": {"type": "str", "default": "0750"},
+    }
+    module = AnsibleModule(
+        argument_spec={
+            "device": {"type": "str"},
+            "volume_id": {"type": "str"},
+            "serial": {"type": "str"},
+            "expected_size": {"type": "str"},
+            "path": {"type": "path", "default": "/data"},
+            "fstype": {"type": "str", "choices": ["ext4", "xfs"], "default": "ext4"},
+            "label": {"type": "str"},
+            "mount_options": {"type": "list", "elements": "str", "default": []},
+            "directories": {"type": "list", "elements": "dict", "default": [], "options": directory},
+            "owner": {"type": "str"},
+            "group": {"type": "str"},
+            "mode": {"type": "str", "default": "0750"},
+            "wipe": {"type": "str"},
+            "grow": {"type": "bool", "default": True},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "fstab": {"type": "path", "default": "/etc/fstab"},
+        },
+        required_if=[("state", "present", ("device", "volume_id", "serial"), True)],
+        supports_check_mode=True,
+    )
+    params, changes = dict(module.params), Changes()
+    try:
+        refine(params)
+        with _fstab.locked(params["fstab"]) as lock:
+            if not module.check_mode:
+                _fstab.tidy(params["fstab"])
+            act = present if params["state"] == "present" else absent
+            result = act(params, changes, module.check_mode, lock)
+    except Refused as error:
+        module.fail_json(msg=str(error), **changes.result())
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        module.fail_json(msg=f"{error.strerror}{where}; is the module run as root?", **changes.result())
+    module.exit_json(**result, **changes.result())
+
+
+if __name__ == "__main__":
+    main()

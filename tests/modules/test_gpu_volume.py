@@ -1,0 +1,404 @@
+"""lab.audio.gpu_volume on loop devices of these tests' own, with real programs. Needs root."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loops import MIB, Loop, do, loop, own_mounts
+
+from conftest import CHECKOUT, Run, command, environment, write_arguments
+
+MODULE = "gpu_volume"
+KILLS = int(os.environ.get("KILLS", "20"))
+SIZE = 320 * MIB
+VOLUME = "65953b61-0af1-42f6-a8d1-5b1b2a4f3c11"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def namespace() -> None:
+    try:
+        if os.getuid():
+            raise RuntimeError("needs root, for loop devices")
+        own_mounts()
+    except RuntimeError as missing:
+        if os.environ.get("REQUIRE_ALL") == "1":
+            raise
+        pytest.skip(str(missing))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Loop]:
+    with loop(tmp_path / "disk.img", SIZE) as made:
+        yield made
+
+
+class Place:
+    """Where a test mounts, and its fstab."""
+
+    def __init__(self, root: Path) -> None:
+        self.path, self.fstab = root / "data", root / "fstab"
+        self.fstab.write_text("# mine\n")
+
+    def options(self, disk: Loop, **more: Any) -> dict[str, Any]:
+        size = str(disk.size)
+        return {"device": disk.node, "expected_size": size, "path": self.path, "fstab": self.fstab, **more}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def uuid_of(disk: Loop) -> str:
+    return do("blkid", "-p", "-s", "UUID", "-o", "value", disk.node).strip()
+
+
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+def test_a_blank_disk_to_a_mounted_volume_and_back(predicted: Run, disk: Loop, place: Place, fstype: str) -> None:
+    layout = [{"path": "models/gemma", "mode": "0700"}, {"path": "models", "owner": "1", "group": "daemon"}]
+    options = place.options(disk, fstype=fstype, label="lab", directories=layout, mount_options=["noatime"])
+    did = predicted(MODULE, **options)
+    assert did["changed"] and disk.places() == [str(place.path)]
+    uuid = uuid_of(disk)
+    line = f"UUID={uuid} {place.path} {fstype} noatime,nofail,x-systemd.device-timeout=30s 0 2\n"
+    assert place.fstab.read_text() == "# mine\n" + line
+    assert do("blkid", "-p", "-s", "LABEL", "-o", "value", disk.node).strip() == "lab"
+    assert [(place.path / d).stat().st_mode & 0o7777 for d in ("", "models", "models/gemma")] == [0o750, 0o750, 0o700]
+    assert ((place.path / "models").stat().st_uid, (place.path / "models").stat().st_gid) == (1, 1)
+    (place.path / "models" / "kept").write_text("data")
+    (place.path / "models").chmod(0o777)
+    again = predicted(MODULE, **options)
+    assert again["plan"] == [f"set owner and mode of {place.path}/models"] and again["uuid"] == uuid
+    gone = predicted(MODULE, state="absent", path=place.path, fstab=place.fstab)
+    assert gone["changed"] and disk.places() == [] and place.fstab.read_text() == "# mine\n"
+    back = predicted(MODULE, **{**options, "device": f"UUID={uuid}", "expected_size": None})
+    assert back["uuid"] == uuid and (place.path / "models" / "kept").read_text() == "data"
+
+
+def may_resize() -> bool:
+    effective = Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0]
+    return bool(int(effective, 16) >> 24 & 1)
+
+
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+def test_it_grows_while_mounted(predicted: Run, run: Run, disk: Loop, place: Place, fstype: str) -> None:
+    predicted(MODULE, **place.options(disk, fstype=fstype))
+    (place.path / "kept").write_text("data")
+    disk.grow(SIZE + 192 * MIB)
+    assert predicted(MODULE, **place.options(disk, fstype=fstype, grow=False))["changed"] is False
+    if fstype == "ext4" and not may_resize():
+        refused = run(MODULE, **place.options(disk))
+        assert "resize2fs" in refused["msg"] and (place.path / "kept").read_text() == "data"
+        return  # all that can be seen where resize2fs may not grow a mounted ext4
+    grown = predicted(MODULE, **place.options(disk, fstype=fstype))
+    assert [step.split()[0] for step in grown["plan"]] == ["grow"]
+    size = os.statvfs(place.path)
+    assert size.f_blocks * size.f_frsize > SIZE + 96 * MIB and (place.path / "kept").read_text() == "data"
+
+
+def mbr(disk: Loop) -> None:
+    entry = bytes([0, 0, 2, 0, 0x83, 0, 0, 0]) + (2048).to_bytes(4, "little") + (4096).to_bytes(4, "little")
+    disk.put(446, entry)
+    disk.put(510, b"\x55\xaa")
+
+
+def gpt(disk: Loop) -> None:
+    subprocess.run(["sfdisk", "-q", disk.node], input=b"label: gpt\nsize=8M\n", capture_output=True, check=True)
+
+
+def lost_ext4(disk: Loop) -> None:
+    do("mkfs.ext4", "-q", disk.node)
+    disk.put(0, bytes(8 * MIB))
+
+
+def lost_xfs(disk: Loop) -> None:
+    do("mkfs.xfs", "-q", disk.node)
+    disk.put(0, bytes(8 * MIB))
+
+
+def lost_btrfs(disk: Loop) -> None:
+    do("mkfs.btrfs", "-q", disk.node)
+    disk.put(65536, bytes(4096))
+    disk.put(64 * MIB + 64, bytes(8))
+
+
+def luks(disk: Loop) -> None:
+    key = disk.image.with_name("key")
+    key.write_text("sesame")
+    do("cryptsetup", "-q", "luksFormat", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", disk.node, key)
+
+
+def lvm(disk: Loop) -> None:
+    do("pvcreate", "-qq", "--devices", disk.node, disk.node)
+
+
+def raid(disk: Loop) -> None:
+    """The superblock of version 1.2 that mdadm writes, as far as blkid asks for it."""
+    block = bytearray(256)
+    block[0:8] = (0xA92B4EFC).to_bytes(4, "little") + (1).to_bytes(4, "little")
+    block[16:32] = bytes(range(16))
+    block[128 + 16 : 128 + 24] = (8).to_bytes(8, "little")
+    words = sum(int.from_bytes(block[i : i + 4], "little") for i in range(0, 256, 4))
+    block[216:220] = ((words & 0xFFFFFFFF) + (words >> 32)).to_bytes(4, "little")
+    disk.put(4096, bytes(block))
+
+
+REFUSED: dict[str, tuple[Callable[[Loop], object], str]] = {
+    "xfs": (lambda disk: do("mkfs.xfs", "-q", disk.node), "has xfs"),
+    "MBR": (mbr, "has dos"),
+    "GPT": (gpt, "has gpt"),
+    "LVM": (lvm, "has LVM2_member"),
+    "swap": (lambda disk: do("mkswap", disk.node), "has swap"),
+    "LUKS": (luks, "has crypto_LUKS"),
+    "RAID member": (raid, "has linux_raid_member"),
+    "btrfs": (lambda disk: do("mkfs.btrfs", "-q", disk.node), "has btrfs"),
+    "lost ext4": (lost_ext4, "no signature, but byte"),
+    "lost xfs": (lost_xfs, "no signature, but byte"),
+    "lost btrfs": (lost_btrfs, "no signature, but byte"),
+    "data at the end": (lambda disk: disk.put(disk.size - 70000, b"x"), "no signature, but byte"),
+    "two kinds": (lambda disk: (do("mkfs.ext4", "-q", disk.node), raid(disk)), ""),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_disk_that_is_not_blank_is_refused_and_left_as_it_was(
+    predicted: Run, run: Run, disk: Loop, place: Place, what: str
+) -> None:
+    make, said = REFUSED[what]
+    make(disk)
+    before = disk.sha256()
+    refused = predicted(MODULE, **place.options(disk))
+    assert refused["failed"] and said in refused["msg"] and disk.node in refused["msg"], refused
+    refused = run(MODULE, **place.options(disk, wipe="vfat"))
+    assert refused["failed"] and said in refused["msg"]
+    assert disk.sha256() == before and place.fstab.read_text() == "# mine\n" and not place.path.exists()
+
+
+def test_ext4_is_refused_where_xfs_is_wanted_and_used_where_it_is(predicted: Run, disk: Loop, place: Place) -> None:
+    do("mkfs.ext4", "-q", disk.node)
+    uuid, before = uuid_of(disk), disk.sha256()
+    assert "has ext4" in predicted(MODULE, **place.options(disk, fstype="xfs"))["msg"]
+    assert disk.sha256() == before
+    assert predicted(MODULE, **place.options(disk, wipe="ext4"))["uuid"] == uuid
+
+
+WIPED: dict[str, Callable[[Loop], str]] = {
+    "swap": lambda disk: str(do("mkswap", disk.node) and "swap"),
+    "lost ext4": lambda disk: str(lost_ext4(disk) or "unsigned-data"),
+    "ext4": lambda disk: str(do("mkfs.ext4", "-q", disk.node) or uuid_of(disk)),
+    "MBR": lambda disk: str(mbr(disk) or "dos"),
+}
+
+
+@pytest.mark.parametrize("what", WIPED)
+def test_wipe_destroys_what_it_names(predicted: Run, disk: Loop, place: Place, what: str) -> None:
+    wipe = WIPED[what](disk)
+    did = predicted(MODULE, **place.options(disk, wipe=wipe))
+    assert did.get("failed") is None and did["plan"][0] == f"destroy {wipe} on {disk.node}"
+    assert did["plan"][1].startswith("format") and uuid_of(disk) != wipe
+
+
+@pytest.mark.parametrize("probe", ["blkid", "wipefs"])
+@pytest.mark.parametrize("body", ["exit 4", "exec sleep 1000", "echo nonsense"])
+def test_a_probe_that_fails_is_no_blank_disk(
+    run: Run, disk: Loop, place: Place, tmp_path: Path, probe: str, body: str
+) -> None:
+    do("mkfs.ext4", "-q", disk.node)
+    before = disk.sha256()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / probe).write_text(f"#!/bin/sh\n{body}\n")
+    (tmp_path / "bin" / probe).chmod(0o755)
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    refused = run(MODULE, env=env, **place.options(disk))
+    assert refused["failed"] and probe in refused["msg"], refused
+    assert disk.sha256() == before and disk.places() == []
+
+
+def test_a_disk_in_use_is_refused(predicted: Run, disk: Loop, place: Place, tmp_path: Path) -> None:
+    do("mkswap", disk.node)
+    do("swapon", disk.node)
+    try:
+        assert "as swap" in predicted(MODULE, **place.options(disk, wipe="swap"))["msg"]
+    finally:
+        do("swapoff", disk.node)
+    handle = os.open(disk.node, os.O_RDONLY | os.O_EXCL)
+    assert "O_EXCL" in predicted(MODULE, **place.options(disk, wipe="swap"))["msg"]
+    os.close(handle)
+    do("mkfs.ext4", "-q", "-F", disk.node)
+    (tmp_path / "elsewhere").mkdir()
+    do("mount", disk.node, tmp_path / "elsewhere")
+    assert "mounted at" in predicted(MODULE, **place.options(disk, wipe=uuid_of(disk)))["msg"]
+
+
+def test_a_disk_of_the_system_is_never_touched(predicted: Run, disk: Loop, place: Place) -> None:
+    do("mkfs.ext4", "-q", disk.node)
+    do("mount", disk.node, "/boot")  # in the mount namespace of these tests
+    try:
+        for wipe in (uuid_of(disk), "ext4", None):
+            assert "holds /boot" in predicted(MODULE, **place.options(disk, wipe=wipe))["msg"]
+    finally:
+        do("umount", "/boot")
+
+
+def test_which_disk(predicted: Run, disk: Loop, place: Place, tmp_path: Path) -> None:
+    options = place.options(disk)
+    assert "not the" in predicted(MODULE, **{**options, "expected_size": "1G"})["msg"]
+    assert "expected_size" in predicted(MODULE, **{**options, "expected_size": None})["msg"]
+    assert "is the volume attached" in predicted(MODULE, **{**options, "device": "/dev/no-such-disk"})["msg"]
+    assert "not a block device" in predicted(MODULE, **{**options, "device": str(disk.image)})["msg"]
+    assert "no disk has it" in predicted(MODULE, **{**options, "device": None, "volume_id": VOLUME})["msg"]
+    assert "no disk has it" in predicted(MODULE, **{**options, "device": "LABEL=no-such"})["msg"]
+    by_id = Path("/dev/disk/by-id")
+    by_id.mkdir()
+    link = by_id / f"virtio-{VOLUME[:20]}"
+    link.symlink_to(disk.node)
+    try:
+        with loop(tmp_path / "other.img", SIZE) as other:
+            mixed = {**options, "device": other.node, "volume_id": VOLUME}
+            assert "not the same disk" in predicted(MODULE, **mixed)["msg"]
+        assert "no disk has it" in predicted(MODULE, **{**options, "device": None, "serial": VOLUME})["msg"]
+        same = {**options, "device": str(link), "volume_id": VOLUME, "serial": VOLUME[:20], "expected_size": None}
+        assert predicted(MODULE, **same)["device"] == disk.node
+    finally:
+        link.unlink()
+        by_id.rmdir()
+
+
+def test_files_are_not_hidden_and_paths_are_plain(predicted: Run, disk: Loop, place: Place, tmp_path: Path) -> None:
+    place.path.mkdir()
+    (place.path / "file").write_text("x")
+    assert "would hide" in predicted(MODULE, **place.options(disk))["msg"]
+    (tmp_path / "link").symlink_to(place.path)
+    assert "symbolic link" in predicted(MODULE, **{**place.options(disk), "path": tmp_path / "link"})["msg"]
+    assert "system's own" in predicted(MODULE, **{**place.options(disk), "path": "/var"})["msg"]
+    assert "octal" in predicted(MODULE, **place.options(disk, mode="750"))["msg"]
+    assert "does not exist" in predicted(MODULE, **place.options(disk, owner="no-such-user"))["msg"]
+    assert "must be a path below" in predicted(MODULE, **place.options(disk, directories=[{"path": "../x"}]))["msg"]
+    assert disk.get(0, SIZE).count(0) == SIZE
+
+
+def test_fstab_is_as_before_when_the_mount_fails(run: Run, disk: Loop, place: Place) -> None:
+    do("mkfs.ext4", "-q", disk.node)
+    before = "# mine\n/dev/sr0 /cd iso9660 noauto 0 0"
+    place.fstab.write_text(before)
+    refused = run(MODULE, **place.options(disk, mount_options=["no-such-option"]))
+    assert refused["failed"] and "as it was before" in refused["msg"]
+    assert place.fstab.read_text() == before and disk.places() == []
+
+
+def test_one_entry_in_fstab(predicted: Run, disk: Loop, place: Place) -> None:
+    do("mkfs.ext4", "-q", disk.node)
+    uuid = uuid_of(disk)
+    place.fstab.write_text(
+        f"# a\nUUID={uuid} /old ext4 defaults\nLABEL=x {place.path} xfs defaults 0 0\n# UUID={uuid} z\n"
+    )
+    place.fstab.chmod(0o640)
+    predicted(MODULE, **place.options(disk))
+    lines = place.fstab.read_text().splitlines()
+    assert len(lines) == 3 and lines[1].startswith(f"UUID={uuid} {place.path} ext4 nofail,") and lines[0] == "# a"
+    assert place.fstab.stat().st_mode & 0o777 == 0o640
+
+
+CUT_SHORT: dict[str, tuple[str, str]] = {
+    "before the superblock": ("dd if=/dev/urandom of={node} bs=1M seek=40 count=2 conv=notrunc", "format {node} "),
+    "when it was whole": ('/usr/sbin/{mkfs} "$@"', "finish the formatting"),
+    "with half written": ('/usr/sbin/{mkfs} "$@"; {damage}', "format {node} "),
+}
+DAMAGE = {
+    "ext4": "dd if=/dev/urandom of={node} bs=4k seek=1 count=64 conv=notrunc",
+    "xfs": "printf '\\001' | dd of={node} bs=1 seek=126 conv=notrunc;"
+    " dd if=/dev/urandom of={node} bs=4k seek=1 count=64",
+}
+
+
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+@pytest.mark.parametrize("when", CUT_SHORT)
+def test_a_formatting_cut_short(
+    predicted: Run, disk: Loop, place: Place, tmp_path: Path, when: str, fstype: str
+) -> None:
+    body, step = CUT_SHORT[when]
+    names = {"node": disk.node, "mkfs": f"mkfs.{fstype}", "damage": DAMAGE[fstype].format(node=disk.node)}
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / f"mkfs.{fstype}"
+    fake.write_text(f"#!/bin/sh\n{body.format(**names)}\nsync {disk.node}\nkill -9 $PPID\n")
+    fake.chmod(0o755)
+    options = place.options(disk, fstype=fstype)
+    arguments = write_arguments(tmp_path / "arguments.json", options)
+    env = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    killed = subprocess.run(command(MODULE, arguments), env=env, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout
+    other = {"ext4": "xfs", "xfs": "ext4"}[fstype]
+    done = predicted(MODULE, **options)
+    assert done.get("failed") is None and done["plan"][0].startswith(step.format(**names)), done
+    assert disk.get(SIZE - MIB, 4096) == bytes(4096) and f"has {fstype}" not in done.get("msg", "")
+    assert "not " + other in predicted(MODULE, **{**options, "fstype": other})["msg"]
+
+
+def test_a_damaged_file_system_that_was_in_use_is_not_formatted_again(
+    run: Run, disk: Loop, place: Place, tmp_path: Path
+) -> None:
+    """Even if the marker of its formatting is there still, since the run was killed and somebody mounted it by hand."""
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "mkfs.ext4"
+    fake.write_text('#!/bin/sh\n/usr/sbin/mkfs.ext4 "$@"\nkill -9 $PPID\n')
+    fake.chmod(0o755)
+    arguments = write_arguments(tmp_path / "arguments.json", place.options(disk))
+    env = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    subprocess.run(command(MODULE, arguments), env=env, capture_output=True)
+    (tmp_path / "by-hand").mkdir()
+    do("mount", disk.node, tmp_path / "by-hand")
+    do("umount", tmp_path / "by-hand")
+    disk.put(4096, os.urandom(64 * 4096))
+    before = disk.sha256()
+    assert "is damaged now; repair it" in run(MODULE, **place.options(disk))["msg"]
+    assert disk.sha256() == before
+
+
+def test_a_disk_that_is_gone(run: Run, place: Place, tmp_path: Path) -> None:
+    with loop(tmp_path / "gone.img", SIZE) as disk:
+        options = place.options(disk)
+    assert run(MODULE, check=True, **options)["failed"]
+
+
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+def test_killed_at_any_moment_the_next_run_ends_well(run: Run, place: Place, tmp_path: Path, fstype: str) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)
+    dice = random.Random(seed)
+    for number in range(KILLS // 2):
+        with loop(tmp_path / f"{number}.img", SIZE) as disk:
+            wanted = place.options(disk, fstype=fstype)
+            arguments = write_arguments(tmp_path / "arguments.json", wanted)
+            child = subprocess.Popen(
+                command(MODULE, arguments), env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
+            )
+            time.sleep(dice.uniform(0.2, 1.0))
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            done = run(MODULE, **wanted)
+            assert done.get("failed") is None, done
+            (place.path / "kept").write_text("data")
+            assert run(MODULE, **wanted)["changed"] is False
+            assert [p.name for p in tmp_path.glob(".*")] == []
+            run(MODULE, state="absent", path=place.path, fstab=place.fstab)
+            assert run(MODULE, **wanted)["uuid"] == done["uuid"] and (place.path / "kept").exists()
+            run(MODULE, state="absent", path=place.path, fstab=place.fstab)
+
+
+def test_through_ansible_itself(disk: Loop, place: Place) -> None:
+    options = json.dumps(place.options(disk), default=str)
+    ansible = [sys.executable, "-m", "ansible", "adhoc", "localhost", "-c", "local", "-m", "lab.audio.gpu_volume"]
+    env = environment(ANSIBLE_COLLECTIONS_PATH=str(CHECKOUT / "collections"), ANSIBLE_PYTHON_INTERPRETER=sys.executable)
+    for more, changed in ((["--check", "--diff"], "true"), (["--diff"], "true"), ([], "false")):
+        done = subprocess.run([*ansible, "-a", options, *more], env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and f'"changed": {changed}' in done.stdout, done.stdout + done.stderr

@@ -23,6 +23,7 @@ import typing as t
 from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule, env_fallback, missing_required_lib
+from ansible_collections.lab.audio.plugins.module_utils._credentials import credential
 
 try:
     import boto3
@@ -141,23 +142,6 @@ def open_store(module: AnsibleModule) -> Store:
         ),
     )
     return Store(client, given["bucket"] or "audio-pipeline", endpoint)
-
-
-def credential(module: AnsibleModule, option: str, name: str) -> str | None:
-    """A key: given, from the environment, or from its file in the credentials' directory."""
-    directory = module.params["credentials_directory"]
-    if module.params[option] or not directory:
-        return module.params[option]
-    path = os.path.join(directory, name)
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = file.read().strip()
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        module.fail_json(msg=f"{path} cannot be read: {error}")
-    module.no_log_values.add(value)
-    return value
 
 
 def is_loopback(host: str) -> bool:

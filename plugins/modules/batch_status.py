@@ -207,7 +207,6 @@ waited_seconds:
   sample: 12.0
 """
 
-import os
 import re
 import time
 import traceback
@@ -216,6 +215,7 @@ from datetime import datetime, timezone
 from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule, env_fallback, missing_required_lib
+from ansible_collections.lab.audio.plugins.module_utils._credentials import credential
 
 try:
     import psycopg2
@@ -378,7 +378,7 @@ def main() -> None:
     batch_id, fail_on = module.params["batch_id"], module.params["fail_on"]
     if batch_id is not None and not BATCH_ID.fullmatch(batch_id):
         module.fail_json(msg=f"batch_id {batch_id!r} is not YYYYMMDD-HHMMSS-xxxxxx")
-    database_url, redis_url = url_of(module, "database_url"), url_of(module, "redis_url")
+    database_url, redis_url = (credential(module, name, name) for name in ("database_url", "redis_url"))
     check_usable(module, database_url, redis_url)
     result: Row = {}
     try:
@@ -393,23 +393,6 @@ def main() -> None:
     if found:
         module.fail_json(msg="; ".join(found), **result)
     module.exit_json(changed=False, **result)
-
-
-def url_of(module: AnsibleModule, name: str) -> str | None:
-    """A connection's URL: given, from the environment, or from its file in the credentials' directory."""
-    directory = module.params["credentials_directory"]
-    if module.params[name] or not directory:
-        return module.params[name]
-    path = os.path.join(directory, name)
-    try:
-        with open(path, encoding="utf-8") as file:
-            url = file.read().strip()
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        module.fail_json(msg=f"{path} cannot be read: {error}")
-    module.no_log_values.add(url)
-    return url
 
 
 def check_usable(module: AnsibleModule, database_url: str | None, redis_url: str | None) -> None:

@@ -281,9 +281,8 @@ def test_what_is_wrong_is_said_with_what_to_do(run: Run, bucket: Bucket, tmp_pat
     assert "wrong-sesame" not in json.dumps(result)
 
 
+@pytest.mark.parametrize("server", [Swift], ids=["swift-tls"], indirect=True)
 def test_a_certificate_that_nobody_vouches_for(run: Run, bucket: Bucket, tmp_path: Path) -> None:
-    if not bucket.options["endpoint_url"].startswith("https"):
-        return  # it speaks no TLS
     (tmp_path / "a").write_bytes(b"x")
     said = run(MODULE, **{**bucket.options, "ca_bundle": None}, key="a", src=tmp_path / "a")
     assert "set ca_bundle" in said["msg"]

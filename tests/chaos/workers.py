@@ -110,7 +110,7 @@ STEPS = [
     Step("FORGET", ("unpack", "slot", "gpu"), "queues:forget_batch", (), anyone=True),
     Step("RELEASE", ("unpack", "slot", "gpu"), "ledger:release", (), anyone=True),
     Step("LEFTOVERS", ("unpack", "gpu"), "queues:put_back", ()),
-    Step("LOST", ("reconcile", "forget"), "operations.reconcile:lose_host"),
+    Step("LOST", ("reconcile", "forget"), "workers.host:lose_host"),
     Step("LOST-REDIS", ("reconcile", "forget"), "queues:forget_host", ()),
     Step("LOST-PUSH", ("forget",), "queues:push", ()),
     Step("RECONCILE-PUSH", ("reconcile",), "queues:push", ()),

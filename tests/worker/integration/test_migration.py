@@ -119,7 +119,8 @@ def use(database: Any) -> None:
     engine = ledger.open_ledger(load(LedgerSettings))
     try:
         ledger.check_migrated(engine)
-        ledger.register(engine, "h1", "disk", Path("/data/scratch"))
+        with ledger.registering(engine, "h1", "disk", Path("/data/scratch")):
+            pass
         ledger.beat(engine, "h1", gpu=True)
         ledger.adopt(engine, BATCH, "{}", Archive(None, 10, 2))
         taken = ledger.take(engine, BATCH, "h1", 1 << 30)
@@ -182,7 +183,8 @@ def test_older_rows_never_look_like_work(database: Any, older: Older) -> None:
     migrate()
     engine = ledger.open_ledger(load(LedgerSettings))
     try:
-        ledger.register(engine, "h1", "disk", Path("/data/scratch"))
+        with ledger.registering(engine, "h1", "disk", Path("/data/scratch")):
+            pass
         assert ledger.open_batches(engine) == []
         assert ledger.held_batches(engine, "h1") == set()
         assert [ledger.begin(engine, audio_id, "h1", 0) for audio_id in (1, 2, 3)] == [None] * 3

@@ -29,7 +29,7 @@ from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop, exit_code
 
 from disks import Disk
-from world import BATCH, MODELS, World, eventually, fake_decode
+from world import BATCH, MODELS, World, eventually, fake_decode, register
 
 MIB = 1 << 20
 PR_SET_PDEATHSIG = 1
@@ -64,7 +64,7 @@ class Workers:
         self.log.touch()
         self.running: list[int] = []
         self.codes: dict[int, int] = {}
-        ledger.register(world.engine, "h1", scratch.prepare(world.scratch("h1")), world.scratch("h1"))
+        register(world.engine, "h1", scratch.prepare(world.scratch("h1")), world.scratch("h1"))
         ledger.beat(world.engine, "h1", gpu=True)
 
     def unpack(self, *, share: float = 1.0, hook: HOOK | None = None) -> int:
@@ -337,7 +337,7 @@ def test_capacity_counts_what_batches_take_and_not_what_others_do(world: World, 
 def hosts(world: World, **capacities: int) -> None:
     """Hosts with so much scratch, which have looked at a batch that is not there."""
     for host, capacity in capacities.items():
-        ledger.register(world.engine, host, host, Path("/data/scratch"))
+        register(world.engine, host, host)
         ledger.beat(world.engine, host, gpu=True)
         assert isinstance(ledger.take(world.engine, BATCH.format(99), host, capacity), ledger.Refused)
 
@@ -411,7 +411,7 @@ def test_foreign_data_does_not_make_scratch_small(world: World) -> None:
     assert isinstance(ledger.take(world.engine, second, "h1", 10 * MIB), ledger.Refused)
     assert world.rows("SELECT scratch_bytes FROM hosts") == [(100 * MIB,)]
     world.sql("UPDATE hosts SET seen_at = NULL")
-    ledger.register(world.engine, "h1", "another disk", Path("/data/scratch"))
+    register(world.engine, "h1", "another disk")
     assert world.rows("SELECT scratch_bytes FROM hosts") == [(None,)]
 
 

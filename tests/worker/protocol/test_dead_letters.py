@@ -16,7 +16,7 @@ from lab_audio import ledger, queues, s3_utils
 from lab_audio.config import GpuSettings
 from lab_audio.contracts import TranscribeJob, archive_key, processed_key
 from lab_audio.errors import Permanent
-from lab_audio.ledger import Settled
+from lab_audio.ledger import Settled, recovery
 from lab_audio.media import transcode
 from lab_audio.operations import dead_letters
 from lab_audio.operations.reconcile import Stores
@@ -313,6 +313,31 @@ class TestRetry:
         world.finish()
         assert world.snags() == []
         assert world.rows("SELECT flags FROM batches") == [([],)]
+
+    def test_a_batch_that_a_restore_found_without_archive(self, world: World) -> None:
+        batch_id = world.plant_batch(1, NAMES)
+        where = {"Bucket": world.bucket.name, "Key": archive_key(batch_id)}
+        body = world.bucket.client.get_object(**where)["Body"].read()
+        ledger.adopt(world.engine, batch_id, world.job(batch_id, 3), ledger.Archive(None, len(body), 3))
+        delete_archive(world, batch_id)
+        recovery.note_archive_gone(world.engine, batch_id, "")
+        world.run("unpack")
+        assert world.rows("SELECT state, reason FROM batches") == [
+            ("failed", "its archive is gone, and nothing of it is kept")
+        ]
+        assert "is not in the store" in world.command("dead", "retry", batch_id, code=1).stderr
+        world.bucket.client.put_object(**where, Body=body)
+        world.command("dead", "retry", batch_id)
+        world.finish()
+        assert world.snags() == []
+
+    def test_a_broken_archive_would_be_as_broken_again(self, world: World) -> None:
+        batch_id = world.plant_batch(1, NAMES)
+        truncate_archive(world, batch_id, 1024)
+        world.finish()
+        refused = world.command("dead", "retry", batch_id, code=1).stderr
+        assert "archive is truncated" in refused
+        assert "trying again would find the same" in refused
 
     def test_killed_before_each_of_its_effects(self, world: World) -> None:
         place = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, event
@@ -15,7 +14,7 @@ from lab_audio.contracts import Result, item_of
 from lab_audio.ledger import Archive, NewItem, Refused, Taken
 from lab_audio.workers.host import Host, tidy_batch
 
-from world import ROOM, World, eventually, fake_classify, fake_transcribe
+from world import ROOM, World, eventually, fake_classify, fake_transcribe, register
 
 ARCHIVE = Archive("0" * 64, 1, 2)
 
@@ -56,7 +55,7 @@ def engine(world: World) -> Engine:
 def ready_batch(world: World, names: list[str]) -> tuple[str, list[int]]:
     """A sealed batch of host h1, and its audio_ids."""
     batch_id = world.plant_batch(1, names)
-    ledger.register(world.engine, "h1", "disk", Path("/data/scratch"))
+    register(world.engine, "h1", "disk")
     ledger.beat(world.engine, "h1", gpu=True)
     ledger.adopt(world.engine, batch_id, world.job(batch_id, len(names)), ARCHIVE)
     assert isinstance(ledger.take(world.engine, batch_id, "h1", ROOM), Taken)
@@ -73,7 +72,7 @@ def test_one_of_two_hosts_takes_a_batch(world: World) -> None:
     batch_id = world.plant_batch(1, ["a.mp3"])
     ledger.adopt(world.engine, batch_id, "{}", ARCHIVE)
     for host in ("h1", "h2"):
-        ledger.register(world.engine, host, host, Path("/data/scratch"))
+        register(world.engine, host, host)
         ledger.beat(world.engine, host, gpu=True)
     mine, other = engine(world), engine(world)
     answers = in_the_middle(
@@ -88,7 +87,7 @@ def test_one_of_two_hosts_takes_a_batch(world: World) -> None:
 
 
 def test_two_unpack_workers_of_a_host_do_not_give_away_the_same_room(world: World) -> None:
-    ledger.register(world.engine, "h1", "disk", Path("/data/scratch"))
+    register(world.engine, "h1", "disk")
     ledger.beat(world.engine, "h1", gpu=True)
     first, second = world.plant_batch(1, ["a.mp3"]), world.plant_batch(2, ["b.mp3"])
     for batch_id in (first, second):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from lab_audio.workers import gpu_worker, transfer_sounds
 from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop
 
-from world import MODELS, ROOM, Idle, World, fake_classify, fake_decode, fake_transcribe, world_client
+from world import MODELS, ROOM, Idle, World, fake_classify, fake_decode, fake_transcribe, register, world_client
 
 NAMES = ["a.mp3", "b.mp3", "c.mp3"]
 
@@ -213,7 +212,7 @@ def test_a_paused_host_takes_nothing_and_finishes_what_it_has(world: World, ever
 
 def test_unpack_waits_for_a_gpu_worker(world: World) -> None:
     batch_id = world.plant_batch(1, NAMES)
-    ledger.register(world.engine, "h1", "disk", Path("/data/scratch"))
+    register(world.engine, "h1", "disk")
     ledger.adopt(world.engine, batch_id, "{}", ledger.Archive(None, None, None))
     refused = ledger.take(world.engine, batch_id, "h1", ROOM)
     assert isinstance(refused, ledger.Refused)
@@ -223,11 +222,11 @@ def test_unpack_waits_for_a_gpu_worker(world: World) -> None:
 
 
 def test_two_disks_under_one_name(world: World) -> None:
-    ledger.register(world.engine, "h1", "disk one", Path("/data/scratch"))
+    register(world.engine, "h1", "disk one")
     ledger.beat(world.engine, "h1", gpu=False)
-    ledger.register(world.engine, "h1", "disk one", Path("/data/scratch"))
+    register(world.engine, "h1", "disk one")
     with pytest.raises(Fatal, match="LAB_HOST"):
-        ledger.register(world.engine, "h1", "disk two", Path("/data/scratch"))
+        register(world.engine, "h1", "disk two")
 
 
 def test_a_zombies_upload_of_a_dead_item_goes_again(world: World) -> None:

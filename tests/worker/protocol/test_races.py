@@ -19,7 +19,7 @@ from lab_audio.workers import gpu_worker, transfer_sounds, unpack_worker
 from lab_audio.workers.host import Host, open_host, open_inbox, return_batch, return_leftovers
 from lab_audio.workers.loop import Stop
 
-from world import BATCH, MODELS, World, eventually, fake_classify, fake_decode, fake_encode, fake_transcribe
+from world import BATCH, MODELS, World, eventually, fake_classify, fake_decode, fake_encode, fake_transcribe, register
 
 NAMES = ["a.mp3", "b.mp3", "c.mp3"]
 ENCODING = unpack_worker.Encoding(24_000, 1)
@@ -271,6 +271,6 @@ def test_an_archive_that_unpack_cannot_handle_fails_after_some_tries(
 
 
 def test_two_disks_that_start_at_once_under_one_name(world: World) -> None:
-    ledger.register(world.engine, "h1", "disk one", Path("/data/scratch"))
+    register(world.engine, "h1", "disk one")
     with pytest.raises(Fatal, match="LAB_HOST"):
-        ledger.register(world.engine, "h1", "disk two", Path("/data/scratch"))
+        register(world.engine, "h1", "disk two")

@@ -9,7 +9,9 @@ from datetime import datetime, timezone
 import pytest
 
 from lab_audio import ledger, queues
-from lab_audio.operations.reconcile import Report, Stores, lose_host, reconcile
+from lab_audio.contracts import archive_key
+from lab_audio.operations.reconcile import Report, Stores, reconcile
+from lab_audio.workers.host import lose_host
 
 from world import World
 
@@ -88,7 +90,7 @@ def test_a_host_that_comes_back_late_throws_its_work_away(world: World) -> None:
     world.plant_batch(1, NAMES)
     world.run("unpack", "h1")
     stale = world.client.lrange("transcribe:h1", 0, -1)
-    lose_host(stores(world), "h1")
+    lose_host(world.engine, world.client, "h1")
     reconcile(stores(world), GRACE)
     world.run("unpack", "h2")
     world.client.rpush("transcribe:h1", *stale)
@@ -107,7 +109,7 @@ def test_a_host_forgotten_in_the_middle_of_unpacking_seals_nothing(world: World)
     batch_id = world.plant_batch(1, NAMES)
     seal = next(place for place, effect in enumerate(effects, 1) if effect.startswith("sql INSERT INTO audio_files"))
     world.run("unpack", "h1", kill_before=seal - 2)
-    lose_host(stores(world), "h1")
+    lose_host(world.engine, world.client, "h1")
     assert ledger.seal(world.engine, batch_id, "h1", [], ledger.Archive("0" * 64, 1, 0), []) is None
     reconcile(stores(world), GRACE)
     world.finish(hosts=["h2", "h1"])
@@ -117,7 +119,7 @@ def test_a_host_forgotten_in_the_middle_of_unpacking_seals_nothing(world: World)
 def test_a_job_that_a_lost_host_had_only_claimed_goes_back(world: World) -> None:
     batch_id = world.plant_batch(1, NAMES)
     world.client.lmove("unpack", "processing:h1:unpack:0", "LEFT", "RIGHT")
-    lose_host(stores(world), "h1")
+    lose_host(world.engine, world.client, "h1")
     assert world.client.lrange("unpack", 0, -1) == [world.job(batch_id, 3)]
 
 
@@ -277,7 +279,7 @@ def test_a_host_may_be_forgotten_again(world: World) -> None:
     """`hosts forget` that was cut short is run once more."""
     world.plant_batch(1, NAMES)
     world.run("unpack", "h1")
-    lose_host(stores(world), "h1")
+    lose_host(world.engine, world.client, "h1")
     assert "h1 forgotten" in world.command("hosts", "forget", "h1").stdout
     assert world.client.llen("unpack") == 1
 
@@ -285,7 +287,7 @@ def test_a_host_may_be_forgotten_again(world: World) -> None:
 def test_a_host_that_was_forgotten_buries_nothing(world: World) -> None:
     world.plant_batch(1, NAMES)
     world.run("unpack", "h1")
-    lose_host(stores(world), "h1")
+    lose_host(world.engine, world.client, "h1")
     reconcile(stores(world), GRACE)
     world.run("unpack", "h2")
     (audio_id,) = world.rows("SELECT min(audio_id) FROM audio_files")[0]
@@ -317,3 +319,96 @@ def test_a_batch_of_which_nothing_is_left_is_failed(world: World) -> None:
     assert world.rows("SELECT state, reason FROM batches") == [
         ("failed", "its archive is gone, and nothing of it is kept")
     ]
+
+
+def test_a_replaced_disk_leaves_nothing_in_redis(world: World) -> None:
+    """A batch that had ended on the old disk, and was not tidied yet, keeps no keys."""
+    batch_id = world.plant_batch(1, NAMES)
+    world.finish()
+    world.sql("UPDATE batches SET host = 'h1'")
+    world.client.mset({f"batch:{batch_id}:{key}": 1 for key in ("total", "processed", "s3_key")})
+    world.client.rpush("processing:h1:gpu:1", "{}")
+    silence(world, "h1", 5)
+    shutil.rmtree(world.scratch("h1"))
+    world.run("unpack")
+    assert world.snags() == []
+
+
+def test_a_dry_run_says_of_a_lost_host_what_the_run_does(world: World) -> None:
+    world.plant_batch(1, NAMES)
+    world.run("unpack")
+    world.plant_batch(2, NAMES)
+    world.client.delete("unpack")
+    world.plant_batch(3, NAMES)
+    world.sql("UPDATE hosts SET seen_at = now() - interval '1 day', doubted_at = now() - interval '1 hour'")
+    dry, done = (reconcile(stores(world), GRACE, dry_run=dry) for dry in (True, False))
+    assert dry == done
+    assert (done.returned_batches, done.adopted_archives) == ([world.BATCH(1)], [world.BATCH(2), world.BATCH(3)])
+    assert done.pushed_jobs == [world.BATCH(n) for n in (1, 2, 3)]
+
+
+def test_the_last_copy_of_a_dead_recording_is_reported(world: World) -> None:
+    world.plant_batch(1, ["a.mp3"])
+    world.finish()
+    world.sql("UPDATE audio_files SET state = 'dead', reason = 'x', s3_opus_path = NULL, dropped_at = now()")
+    world.sql("UPDATE batches SET archive_gone_at = now()")
+    (key,) = {key for key in world.objects() if key.startswith("processed/")}
+    for dry in (True, False):
+        assert reconcile(stores(world), GRACE, dry_run=dry).objects_without_rows == [key]
+    assert key in world.objects()
+
+
+def test_an_object_of_a_failed_batch_is_reported(world: World) -> None:
+    """A host died between PUT and FINISH, and the batch could not be unpacked again."""
+    batch_id = world.plant_batch(1, ["a.mp3"])
+    world.run("unpack")
+    ((audio_id, date),) = world.rows("SELECT audio_id, date::text FROM audio_files")
+    key = f"processed/{date}/{audio_id}.opus"
+    world.bucket.client.put_object(Bucket=world.bucket.name, Key=key, Body=b"x")
+    assert reconcile(stores(world), GRACE).objects_without_rows == []
+    world.bucket.client.delete_object(Bucket=world.bucket.name, Key=archive_key(batch_id))
+    world.command("hosts", "forget", "h1")
+    world.run("unpack", "h2")
+    assert states(world) == {batch_id: ("failed", None)}
+    assert reconcile(stores(world), GRACE).objects_without_rows == [key]
+
+
+@pytest.mark.parametrize("key", ["processed/2025-02-30/7.opus", "processed/0000-01-01/7.opus", "processed/x/7.opus"])
+def test_folders_of_no_date_are_passed_over(world: World, key: str) -> None:
+    world.bucket.client.put_object(Bucket=world.bucket.name, Key=key, Body=b"x")
+    assert nothing(reconcile(stores(world), GRACE))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"source": "%00"},
+        {"source": "%FF"},
+        {"source": "/s", "source-path": "%00", "source-mtime-ns": "1"},
+        {"source": "/s", "source-path": "a.tar", "source-mtime-ns": "9999999999999999999"},
+        {"file-count": "99999999999"},
+    ],
+)
+def test_an_archive_with_odd_metadata_is_entered(world: World, metadata: dict[str, str]) -> None:
+    batch_id = world.plant_batch(1, NAMES)
+    where = {"Bucket": world.bucket.name, "Key": archive_key(batch_id)}
+    body = world.bucket.client.get_object(**where)["Body"].read()
+    world.bucket.client.put_object(**where, Body=body, Metadata=metadata)
+    world.client.delete("unpack")
+    assert reconcile(stores(world), GRACE).adopted_archives == [batch_id]
+    world.finish()
+    assert world.snags() == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("pause", "\udcff"),
+        ("resume", "\udcff"),
+        ("hosts", "forget", "\udcff"),
+        ("fetch-archive", "20260101-000000-000001", "."),
+    ],
+)
+def test_names_that_cannot_be_are_refused(world: World, arguments: tuple[str, ...]) -> None:
+    refused = world.command(*arguments, code=2)
+    assert "not UTF-8" in refused.output or "is a directory" in refused.output

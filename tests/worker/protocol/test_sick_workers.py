@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import multiprocessing
+import os
+import shutil
+import signal
 import sys
 import threading
 import time
@@ -14,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from lab_audio import ledger, scratch
+from lab_audio import ledger, s3_utils, scratch
 from lab_audio.config import GpuSettings, UnpackSettings
 from lab_audio.contracts import Classification, Result, Transcript
 from lab_audio.errors import Fatal, Permanent, Retryable
@@ -24,7 +27,7 @@ from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop, exit_code
 from lab_audio.workers.recognition import Models
 
-from world import MODELS, Idle, World, fake_classify, fake_decode, fake_encode, fake_transcribe, world_client
+from world import MODELS, POISON, Idle, World, fake_classify, fake_decode, fake_encode, fake_transcribe, world_client
 
 NAMES = [f"{n}.mp3" for n in range(12)]
 SICK, HUNG = 70, 1
@@ -432,7 +435,7 @@ def unpack_here(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "after"), [(Permanent("ffmpeg: Unknown encoder"), 0), (transcode.Killed("ffmpeg was killed"), 5)]
+    ("error", "after"), [(Permanent("ffmpeg: Unknown encoder"), 0), (transcode.Unfinished("ffmpeg was killed"), 5)]
 )
 def test_a_broken_ffmpeg_seals_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch, error: Exception, after: int
@@ -463,3 +466,83 @@ def test_a_healthy_ffmpeg_sets_aside_what_it_cannot_encode(world: World, monkeyp
     (folder,) = world.scratch("h1").glob("2*")
     assert {path.suffix for path in folder.iterdir()} == {".opus"}
     assert len(list(folder.iterdir())) == len(NAMES) - 2
+
+
+def test_an_ffmpeg_that_did_not_end_by_itself_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed, or out of time on a disk that stood still: that may have been the host."""
+    world.plant_batch(1, NAMES[:2])
+    calls: list[Path] = []
+
+    def encode(mp3: Any, opus: Path, **options: Any) -> transcode.Encoded:
+        calls.append(opus)
+        if len(calls) < unpack_worker.FFMPEG_TRIES:
+            raise transcode.Unfinished("ffmpeg was not done with it in 60 seconds")
+        return fake_encode(mp3, opus, **options)
+
+    monkeypatch.setattr(transcode, "encode", encode)
+    unpack_here(world)
+    assert set(states(world).values()) == {("pending", 0)}
+
+    def decode(opus: Path, **options: Any) -> bytes:
+        if opus in calls and not opus.with_suffix(".tried").exists():
+            opus.with_suffix(".tried").touch()
+            raise transcode.Unfinished("ffmpeg was not done with it in 61 seconds")
+        return fake_decode(opus)
+
+    assert gpu_process(world, patch=lambda: setattr(transcode, "decode", decode)) == 0
+    assert set(states(world).values()) == {("done", 2)}
+
+
+def test_a_recording_that_kills_its_process_as_it_is_decoded_is_the_only_one_set_aside(world: World) -> None:
+    unpacked(world, [*NAMES[:3], "poison.mp3"])
+
+    def patch() -> None:
+        def decode(opus: Path, **options: Any) -> bytes:
+            samples = fake_decode(opus)
+            if samples.startswith(POISON):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return samples
+
+        transcode.decode = decode
+
+    codes = [gpu_process(world, patch=patch, MAX_ATTEMPTS="2", DECODE_THREADS="4") for _ in range(4)]
+    assert codes == [-signal.SIGKILL] * 3 + [0]
+    assert states(world) == {**dict.fromkeys(NAMES[:3], ("done", 1)), "poison.mp3": ("dead", 2)}
+    ((reason,),) = world.rows("SELECT reason FROM audio_files WHERE state = 'dead'")
+    assert reason == "given up after 2 attempts: its worker died while it was in hand"
+
+
+def test_a_result_that_is_only_in_memory_is_no_attempt_where_the_store_refuses_it(world: World) -> None:
+    """Scratch is full, and so is the store."""
+    unpacked(world)
+
+    def patch() -> None:
+        def full(path: Path, data: bytes) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def refused(*arguments: Any, **options: Any) -> str:
+            raise Fatal("PutObject: 403 EntityTooLarge; see whether a quota of the store is used up")
+
+        scratch.write_atomic, s3_utils.upload_opus = full, refused
+
+    for _ in range(3):
+        assert gpu_process(world, patch=patch, CLASSIFY_BATCH="3") == SICK
+        assert nothing_is_blamed(world)
+        assert pending_jobs_are_on_the_list(world)
+    assert all_is_done_by_the_next_process(world)
+
+
+def test_an_opus_that_vanishes_before_it_is_sent_is_no_attempt(world: World) -> None:
+    unpacked(world, NAMES[:2])
+
+    def classify(texts: Sequence[str]) -> list[list[Classification]]:
+        if texts != ["canary"]:
+            shutil.rmtree(world.scratch("h1") / world.BATCH(1), ignore_errors=True)
+        return fake_classify(texts)
+
+    assert gpu_process(world, Models(fake_transcribe, classify)) == 0
+    assert set(states(world).values()) == {("pending", 0)}
+    assert world.rows("SELECT state, host FROM batches") == [("uploaded", None)]
+    world.finish()
+    assert world.snags() == []
+    assert set(states(world).values()) == {("done", 1)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +13,7 @@ from lab_audio.errors import Permanent
 from lab_audio.ledger import Archive, NewItem, Refused
 from lab_audio.workers.unpack_worker import transcribe_jobs
 
-from world import BATCH, ROOM, World, fake_classify, fake_transcribe
+from world import BATCH, ROOM, World, fake_classify, fake_transcribe, register
 
 STEPS = ["unpack_step"] * 6 + ["gpu_step"] * 9 + ["kill", "double", "lose_scratch", "tidy", "upload", "retry"]
 ACTIONS = st.tuples(st.sampled_from(STEPS), st.sampled_from(["h1", "h2"]), st.integers(0, 11))
@@ -33,7 +32,7 @@ class Protocol:
         self.working: dict[str, tuple[str, Any]] = {}
         self.inboxes: dict[tuple[str, str], queues.Inbox] = {}
         for host in ("h1", "h2"):
-            ledger.register(self.world.engine, host, host, Path("/data/scratch"))
+            register(self.world.engine, host, host)
             ledger.beat(self.world.engine, host, gpu=True)
             self.open("unpack", host)
             self.open("gpu", host)

@@ -320,6 +320,12 @@ class World:
         return wrong
 
 
+def register(engine: Engine, host: str, disk: str, root: Path = Path("/data/scratch")) -> None:
+    """Enter a host in the ledger, without its worker."""
+    with ledger.registering(engine, host, disk, root):
+        pass
+
+
 def transfer(world: World, host: str, effects: Effects) -> None:
     settings = world.load(config.TransferSettings, host)
     open_ledger = ledger.open_ledger

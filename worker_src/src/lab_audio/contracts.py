@@ -22,6 +22,7 @@ UNPACK = "unpack"
 TRANSCRIBE = "transcribe"
 DEAD = "dead"
 MAX_PAYLOAD_BYTES = 64 * 1024
+MAX_INTEGER = 2**63 - 1  # of the ledger's columns
 
 
 def check_batch_id(batch_id: str) -> str:
@@ -151,11 +152,13 @@ class SourceFile:
 
     @classmethod
     def from_tar(cls, info: tarfile.TarInfo) -> SourceFile:
-        """What a tar's header says of a file: mtime exact where a pax record has it, 0 where that is garbled."""
+        """What a tar's header says of a file: mtime exact where a pax record has it, 0 where it is garbled."""
         text = info.pax_headers.get("mtime")
         match = re.fullmatch(r"(-?)([0-9]{1,12})(?:\.([0-9]{1,9})[0-9]*)?", str(info.mtime) if text is None else text)
         sign, seconds, rest = match.groups() if match else ("", "0", None)
         mtime_ns = int(seconds) * 10**9 + int((rest or "").ljust(9, "0"))
+        if mtime_ns > MAX_INTEGER:
+            mtime_ns = 0
         return cls(info.name, info.size, -mtime_ns if sign else mtime_ns)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import date as calendar_date
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -35,7 +36,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from lab_audio.config import HostSettings, S3Settings, load
-from lab_audio.contracts import BATCH_ID, SourceFile, archive_key, check_batch_id, processed_key
+from lab_audio.contracts import BATCH_ID, MAX_INTEGER, SourceFile, archive_key, check_batch_id, processed_key
 from lab_audio.errors import ConfigError, Fatal, LabAudioError, NotFound, Permanent, Retryable
 from lab_audio.scratch import batch_dir, cleanup_scratch, is_full, prepare
 
@@ -452,7 +453,15 @@ def processed_dates(bucket: Bucket) -> list[str]:
             Bucket=bucket.name, Prefix="processed/", Delimiter="/"
         )
         prefixes = [prefix["Prefix"].split("/")[1] for page in pages for prefix in page.get("CommonPrefixes", [])]
-    return sorted(date for date in prefixes if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", date))
+    return sorted(date for date in prefixes if is_date(date))
+
+
+def is_date(text: str) -> bool:
+    """Whether a text is a day of the calendar as YYYY-MM-DD; other folders below processed/ are not ours."""
+    try:
+        return calendar_date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def processed(bucket: Bucket, date: str) -> dict[int, str]:
@@ -749,6 +758,8 @@ def _head_stored(bucket: Bucket, key: str) -> dict[str, Any]:
 def _info(bucket: Bucket, key: str) -> ArchiveInfo:
     found = _head(bucket, key)
     source, path = from_header(found["Metadata"].get("source")), from_header(found["Metadata"].get("source-path"))
+    if source is not None and source.encode(errors="ignore").decode() != source:
+        source = None
     mtime_ns = found["Metadata"].get("source-mtime-ns", "")
     sha256 = found["Metadata"].get("sha256", "").lower()
     count = found["Metadata"].get("file-count", "")
@@ -760,7 +771,7 @@ def _info(bucket: Bucket, key: str) -> ArchiveInfo:
         _etag(found),
         source,
         SourceFile(path, found["ContentLength"], int(mtime_ns))
-        if path and re.fullmatch(r"-?[0-9]{1,19}", mtime_ns)
+        if path and re.fullmatch(r"-?[0-9]{1,19}", mtime_ns) and abs(int(mtime_ns)) <= MAX_INTEGER
         else None,
     )
 
@@ -780,7 +791,9 @@ def as_header(text: str) -> str:
 
 
 def from_header(value: str | None) -> str | None:
-    return None if value is None else unquote_to_bytes(value).decode("utf-8", "surrogateescape")
+    """What `as_header` was given; None also for what no path can be: anybody may write metadata."""
+    text = None if value is None else unquote_to_bytes(value).decode("utf-8", "surrogateescape")
+    return None if text is None or "\0" in text else text
 
 
 def _member_metadata(member: str) -> dict[str, str]:

@@ -28,6 +28,13 @@ def run(act: Callable[[], object]) -> None:
         raise typer.Exit(130) from None
 
 
+def utf8(value: str | None) -> str | None:
+    """Refuse a name that is not UTF-8, which no store takes."""
+    if value is not None and value.encode(errors="ignore").decode() != value:
+        raise typer.BadParameter("it is not UTF-8")
+    return value
+
+
 def duration(seconds: float) -> str:
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:

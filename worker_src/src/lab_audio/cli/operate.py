@@ -12,12 +12,13 @@ from rich import filesize
 from rich.console import Console
 
 from lab_audio import config, ledger, log, queues, s3_utils
-from lab_audio.cli.app import app, run
+from lab_audio.cli.app import app, run, utf8
 from lab_audio.contracts import UNPACK, archive_key, check_batch_id
 from lab_audio.errors import ConfigError, Permanent
 from lab_audio.operations import reconcile as reconciling
 from lab_audio.operations import restore as restoring
 from lab_audio.operations import retention as retaining
+from lab_audio.workers.host import lose_host
 
 
 @app.command()
@@ -33,7 +34,7 @@ def migrate() -> None:
 
 @app.command()
 def pause(
-    host: Annotated[str | None, typer.Argument(help="Host to pause.")] = None,
+    host: Annotated[str | None, typer.Argument(help="Host to pause.", callback=utf8)] = None,
     everywhere: Annotated[bool, typer.Option("--all", help="Pause every host, also those still to come.")] = False,
 ) -> None:
     """Let a host take no new batch; what it has, it finishes."""
@@ -42,7 +43,7 @@ def pause(
 
 @app.command()
 def resume(
-    host: Annotated[str | None, typer.Argument(help="Host to resume.")] = None,
+    host: Annotated[str | None, typer.Argument(help="Host to resume.", callback=utf8)] = None,
     everywhere: Annotated[bool, typer.Option("--all", help="Resume every host.")] = False,
 ) -> None:
     """Let a paused host take batches again."""
@@ -68,7 +69,7 @@ app.add_typer(hosts)
 
 
 @hosts.command()
-def forget(host: Annotated[str, typer.Argument(help="Host that will not come back.")]) -> None:
+def forget(host: Annotated[str, typer.Argument(help="Host that will not come back.", callback=utf8)]) -> None:
     """Give a host's batches to the others. What it had finished stays; the rest is done anew.
 
     A host that lives after all does no harm: it throws away what it had in hand, and takes part again.
@@ -81,7 +82,7 @@ def forget(host: Annotated[str, typer.Argument(help="Host that will not come bac
         if ledger.disk_of(stores.engine, host) is None:
             known = ", ".join(view.host for view in ledger.seen_hosts(stores.engine)) or "none"
             raise ConfigError(f"no host is called {host}; known: {known}")
-        returned = reconciling.lose_host(stores, host)
+        returned = lose_host(stores.engine, stores.client, host)
         for _batch_id, job in ledger.unqueued(stores.engine, queues.queued_unpack_jobs(stores.client)):
             queues.push(stores.client, UNPACK, job)
         typer.echo(f"{host} forgotten; batches to be unpacked anew: {', '.join(returned or []) or 'none'}")
@@ -187,7 +188,9 @@ def retention(
 @app.command()
 def fetch_archive(
     batch_id: Annotated[str, typer.Argument(help="Batch, e.g. 20250622-143052-a1b2c3.")],
-    dest: Annotated[Path | None, typer.Argument(help="File to write (default: {batch_id}.tar here).")] = None,
+    dest: Annotated[
+        Path | None, typer.Argument(dir_okay=False, help="File to write (default: {batch_id}.tar here).")
+    ] = None,
 ) -> None:
     """Download a batch's archive, verified by its SHA-256."""
 

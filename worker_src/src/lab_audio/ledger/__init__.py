@@ -35,7 +35,7 @@ from lab_audio.ledger.dead import (
     whole_batch,
     whole_recording,
 )
-from lab_audio.ledger.hosts import beat, disk_of, losing, pause, present_hosts, register, silent_hosts
+from lab_audio.ledger.hosts import Lost, beat, disk_of, losing, pause, present_hosts, registering, silent_hosts
 from lab_audio.ledger.items import (
     Item,
     Settled,
@@ -45,6 +45,7 @@ from lab_audio.ledger.items import (
     find_item,
     finish,
     hand_back,
+    note_deaths,
     note_error,
 )
 from lab_audio.ledger.overview import BatchProgress, HostView, open_batches, seen_hosts
@@ -66,6 +67,7 @@ __all__ = [
     "DeadLetter",
     "HostView",
     "Item",
+    "Lost",
     "Mint",
     "NewItem",
     "Publication",
@@ -100,6 +102,7 @@ __all__ = [
     "losing",
     "migrate",
     "mint",
+    "note_deaths",
     "note_error",
     "open_batches",
     "open_ledger",
@@ -107,7 +110,7 @@ __all__ = [
     "present_hosts",
     "publishing",
     "record_upload",
-    "register",
+    "registering",
     "release",
     "retry",
     "return_full",

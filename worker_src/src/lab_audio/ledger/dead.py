@@ -111,11 +111,15 @@ def retry(engine: Engine, batch_id: str, audio_ids: Collection[int] | None = Non
     """RETRY: dead recordings of a batch (None: all of them) are pending again, and an ended batch is unpacked anew.
 
     Returns how many recordings were dead; the batch's job is then to be pushed. One that is `uploaded` stays so.
+    The archive must be in the store: of a failed batch, which retention leaves alone, it may have been put back.
     Raises Permanent where the batch is still at work, its archive was deleted, or nothing of it is dead.
     """
     with transaction(engine) as connection:
         batch = connection.execute(
-            text("SELECT state, host, job, file_count, archive_gone_at FROM batches WHERE batch_id = :id FOR UPDATE"),
+            text(
+                "SELECT state, host, job, file_count, archive_gone_at, array_to_string(flags, '; ') AS flags,"
+                f" {BROKEN_ARCHIVE} AS broken FROM batches WHERE batch_id = :id FOR UPDATE"
+            ),
             {"id": batch_id},
         ).one_or_none()
         if batch is None:
@@ -123,7 +127,7 @@ def retry(engine: Engine, batch_id: str, audio_ids: Collection[int] | None = Non
         if batch.state not in ("uploaded", "complete", "failed") or batch.host is not None:
             where = f"{batch.state}{f' on {batch.host}' if batch.host else ''}"
             raise Permanent(f"batch {batch_id} is still at work ({where}): retry when it has ended and is tidied")
-        if batch.archive_gone_at is not None:
+        if batch.archive_gone_at is not None and batch.state != "failed":
             raise Permanent(f"the archive of batch {batch_id} was deleted on {batch.archive_gone_at:%Y-%m-%d}")
         dead = connection.execute(
             text(
@@ -133,13 +137,18 @@ def retry(engine: Engine, batch_id: str, audio_ids: Collection[int] | None = Non
             ),
             {"id": batch_id, "audio_ids": list(audio_ids or ())},
         ).rowcount
+        if batch.state == "complete" and not dead and batch.broken:
+            raise Permanent(
+                f"{batch.flags}: trying again would find the same;"
+                f" see what is missing from batch {batch_id}, then drop it"
+            )
         if batch.state == "complete" and not dead:
             raise Permanent(f"nothing in batch {batch_id} is dead")
         if batch.state != "uploaded":
             connection.execute(
                 text(
                     "UPDATE batches SET state = 'uploaded', uploaded_at = now(), attempts = 0, reason = NULL,"
-                    " quota = NULL, complete_at = NULL, failed_at = NULL, dropped_at = NULL,"
+                    " quota = NULL, complete_at = NULL, failed_at = NULL, dropped_at = NULL, archive_gone_at = NULL,"
                     " job = coalesce(job, :job) WHERE batch_id = :id"
                 ),
                 {"id": batch_id, "job": new_unpack_job(batch_id, batch.file_count or 0)},

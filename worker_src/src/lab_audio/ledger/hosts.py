@@ -17,10 +17,19 @@ BEAT_SECONDS = 20
 SILENT_AFTER = "interval '2 minutes'"
 
 
-def register(engine: Engine, host: str, scratch_id: str, scratch_root: Path) -> list[str]:
+@dataclass(frozen=True)
+class Lost:
+    """Batches of a lost host: those that are to be unpacked anew, and those that had ended."""
+
+    reopened: list[str]
+    ended: list[str]
+
+
+@contextmanager
+def registering(engine: Engine, host: str, scratch_id: str, scratch_root: Path) -> Iterator[Lost | None]:
     """Note this host and its disk. Raises Fatal while another disk still beats under the same name.
 
-    Once that one is silent, what lay on it is lost (LOST): returns the batches that are to be unpacked anew.
+    Once that one is silent, what lay on it is lost (LOST): then yields its batches, as `losing` does; else None.
     """
     with transaction(engine) as connection:
         connection.execute(
@@ -39,7 +48,7 @@ def register(engine: Engine, host: str, scratch_id: str, scratch_root: Path) -> 
                 f"a host named {host} with another scratch disk was seen less than two minutes ago;"
                 " give each host its own LAB_HOST, or wait if its disk was just replaced"
             )
-        lost = _lose(connection, host).reopened if other else []
+        lost = _lose(connection, host) if other else None
         connection.execute(
             text(
                 "UPDATE hosts SET scratch_id = :id, scratch_root = :root, seen_at = now(), doubted_at = NULL,"
@@ -47,7 +56,7 @@ def register(engine: Engine, host: str, scratch_id: str, scratch_root: Path) -> 
             ),
             {"host": host, "id": scratch_id, "root": str(scratch_root)},
         )
-        return lost
+        yield lost
 
 
 def beat(engine: Engine, host: str, *, gpu: bool) -> None:
@@ -105,14 +114,6 @@ def silent_hosts(engine: Engine, grace_seconds: float, *, doubt: bool) -> list[t
         return [(row.host, row.lost) for row in rows]
 
 
-@dataclass(frozen=True)
-class Lost:
-    """Batches of a lost host: those that are to be unpacked anew, and those that had ended."""
-
-    reopened: list[str]
-    ended: list[str]
-
-
 @contextmanager
 def losing(engine: Engine, host: str, *, unless_seen: bool = False) -> Iterator[Lost | None]:
     """LOST: a host and its scratch are gone. Yields its batches, for Redis to forget them.
@@ -121,7 +122,6 @@ def losing(engine: Engine, host: str, *, unless_seen: bool = False) -> Iterator[
     finds that the batches are not its own. With `unless_seen` yields None for a host that beats again.
     """
     with transaction(engine) as connection:
-        connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))  # Redis may take its time
         row = connection.execute(
             text("SELECT seen_at, doubted_at FROM hosts WHERE host = :host FOR UPDATE"), {"host": host}
         ).one_or_none()
@@ -138,6 +138,7 @@ def losing(engine: Engine, host: str, *, unless_seen: bool = False) -> Iterator[
 
 def _lose(connection: Connection, host: str) -> Lost:
     """Take all its batches from a host whose row is locked."""
+    connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))  # Redis may take its time
     reopened = connection.execute(
         text(
             "UPDATE batches SET state = 'uploaded', host = NULL, quota = NULL,"

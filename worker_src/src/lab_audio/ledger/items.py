@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, text
@@ -86,6 +87,19 @@ def note_error(engine: Engine, audio_id: int, reason: str) -> None:
         connection.execute(
             text("UPDATE audio_files SET reason = :reason WHERE audio_id = :id AND state = 'pending'"),
             {"id": audio_id, "reason": reason},
+        )
+
+
+def note_deaths(engine: Engine, items: Collection[tuple[str, str]]) -> None:
+    """Keep for each (batch_id, item) that its worker died, where nothing else is known to have gone wrong."""
+    with transaction(engine) as connection:
+        connection.execute(
+            text(
+                "UPDATE audio_files a SET reason = 'its worker died while it was in hand'"
+                " FROM unnest(CAST(:batches AS text[]), CAST(:items AS text[])) AS dead (batch_id, item)"
+                " WHERE a.batch_id = dead.batch_id AND a.item = dead.item AND a.state = 'pending' AND a.reason IS NULL"
+            ),
+            {"batches": [batch_id for batch_id, _item in items], "items": [item for _batch_id, item in items]},
         )
 
 

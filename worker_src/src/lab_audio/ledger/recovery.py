@@ -24,9 +24,22 @@ class Recording:
 
     audio_id: int
     batch_id: str | None
+    batch_state: str | None
     state: str
     s3_opus_path: str | None
     settled_at: datetime | None
+
+    def needs(self, key: str) -> bool:
+        """Whether an object under this key is this recording's, or may be so yet."""
+        if self.state == "pending":
+            return self.batch_state != "failed"
+        return self.state == "done" and self.s3_opus_path in (None, key)
+
+
+RECORDING = (
+    "SELECT audio_id, batch_id, b.state AS batch_state, a.state, s3_opus_path, settled_at"
+    " FROM audio_files a LEFT JOIN batches b USING (batch_id)"
+)
 
 
 def ready_batches(engine: Engine) -> list[tuple[str, str]]:
@@ -81,22 +94,13 @@ def entered_dates(engine: Engine) -> list[str]:
 def recordings_of(engine: Engine, date: str) -> dict[int, Recording]:
     """Recordings by audio_id that were entered on a date."""
     with transaction(engine) as connection:
-        rows = connection.execute(
-            text(
-                "SELECT audio_id, batch_id, state, s3_opus_path, settled_at"
-                " FROM audio_files WHERE date = CAST(:date AS date)"
-            ),
-            {"date": date},
-        )
+        rows = connection.execute(text(f"{RECORDING} WHERE date = CAST(:date AS date)"), {"date": date})
         return {row.audio_id: Recording(*row) for row in rows}
 
 
 def recording(engine: Engine, audio_id: int) -> Recording | None:
     with transaction(engine) as connection:
-        row = connection.execute(
-            text("SELECT audio_id, batch_id, state, s3_opus_path, settled_at FROM audio_files WHERE audio_id = :id"),
-            {"id": audio_id},
-        ).one_or_none()
+        row = connection.execute(text(f"{RECORDING} WHERE audio_id = :id"), {"id": audio_id}).one_or_none()
         return Recording(*row) if row else None
 
 
@@ -156,17 +160,23 @@ def archived_batches(engine: Engine) -> list[str]:
         )
 
 
-def open_without_archive(engine: Engine) -> list[str]:
-    """Batches to be unpacked from their Opus, of which no source is known."""
+def open_without_archive(engine: Engine, gone: Collection[str], reopened: Collection[str]) -> list[str]:
+    """Batches to be unpacked from their Opus, of which no source is known.
+
+    `gone`, `reopened`: batches whose archive is found to be gone, and that are unpacked anew, which the ledger may not
+    have noted yet. It may not know them, either.
+    """
     with transaction(engine) as connection:
-        return list(
-            connection.execute(
-                text(
-                    "SELECT batch_id FROM batches WHERE state = 'uploaded' AND archive_gone_at IS NOT NULL"
-                    " AND source IS NULL ORDER BY batch_id"
-                )
-            ).scalars()
-        )
+        rows = connection.execute(
+            text(
+                "SELECT batch_id, source IS NULL AND (archive_gone_at IS NOT NULL OR batch_id = ANY(:gone)) AND"
+                " (state IN ('uploaded', 'unpacking', 'ready') OR batch_id = ANY(:reopened)) AS without FROM batches"
+                " WHERE archive_gone_at IS NOT NULL OR batch_id = ANY(:gone) OR batch_id = ANY(:reopened)"
+            ),
+            {"gone": list(gone), "reopened": list(reopened)},
+        ).all()
+    unknown = set(gone) & set(reopened) - {row.batch_id for row in rows}
+    return sorted({row.batch_id for row in rows if row.without} | unknown)
 
 
 def without_all_sources(engine: Engine) -> list[str]:

@@ -190,11 +190,18 @@ def record_upload(
         return True
 
 
-def unqueued(engine: Engine, queued: Collection[str]) -> list[tuple[str, str]]:
-    """(batch_id, job) of batches that are to be unpacked and whose job is not among those that Redis holds."""
+def unqueued(engine: Engine, queued: Collection[str], *, lost_hosts: Collection[str] = ()) -> list[tuple[str, str]]:
+    """(batch_id, job) of batches that are to be unpacked and whose job is not among those that Redis holds.
+
+    Batches of `lost_hosts` are among them, also before LOST.
+    """
     with transaction(engine) as connection:
         rows = connection.execute(
-            text("SELECT batch_id, job FROM batches WHERE state IN ('uploaded', 'unpacking') ORDER BY uploaded_at")
+            text(
+                "SELECT batch_id, job FROM batches WHERE state IN ('uploaded', 'unpacking')"
+                " OR state = 'ready' AND host = ANY(:lost) ORDER BY uploaded_at"
+            ),
+            {"lost": list(lost_hosts)},
         ).all()
     held = set(queued)
     return [(row.batch_id, row.job) for row in rows if row.job not in held]

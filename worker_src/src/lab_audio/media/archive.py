@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
-from lab_audio.contracts import SourceFile, item_of
+from lab_audio.contracts import MAX_INTEGER, SourceFile, item_of
 from lab_audio.errors import Fatal, LabAudioError, Permanent, Retryable
 
 BLOCK = 512
@@ -216,8 +216,8 @@ def _entries(forward: _Forward) -> Iterator[tarfile.TarInfo]:
             if forward.failure:
                 raise forward.failure
             break
-        if info.size < 0:
-            raise ArchiveBroken(f"header before byte {forward.position} has a negative size")
+        if not 0 <= info.size <= MAX_INTEGER:
+            raise ArchiveBroken(f"header before byte {forward.position} has an impossible size")
         archive.members.clear()  # type: ignore[attr-defined]
         forward.header_bytes = 0
         yield info

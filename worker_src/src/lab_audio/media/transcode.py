@@ -36,8 +36,8 @@ _SECONDARY = re.compile(
 )
 
 
-class Killed(Permanent):
-    """Somebody killed ffmpeg, the kernel for want of memory perhaps; the recording may be good."""
+class Unfinished(Permanent):
+    """ffmpeg was killed, by the kernel for want of memory perhaps, or out of time; the recording may be good."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def ffmpeg_command() -> str:
 def encode(mp3: BinaryIO, opus: Path, *, bitrate: int, timeout: float | None = None) -> Encoded:
     """Encode an MP3, read to its end, at `bitrate` bits per second; `opus` appears whole or not at all.
 
-    Raises Permanent if there is no audio in it or `timeout` seconds do not do; Fatal if ffmpeg is missing; OSError if
-    `opus` cannot be written; and what reading `mp3` raises.
+    Raises Permanent if there is no audio in it, Unfinished if `timeout` seconds do not do; Fatal if ffmpeg is missing;
+    OSError if `opus` cannot be written; and what reading `mp3` raises.
     """
     argv = [ffmpeg_command(), *_QUIET]
     argv += ["-protocol_whitelist", "pipe", "-f", "mp3", "-i", "pipe:0"]
@@ -112,7 +112,7 @@ def encode(mp3: BinaryIO, opus: Path, *, bitrate: int, timeout: float | None = N
 def decode(opus: Path, *, timeout: float | None = None) -> Any:
     """Samples of an Opus file: a float32 array of shape (n,), mono, 16 kHz, in [-1, 1].
 
-    Raises FileNotFoundError; Permanent if it cannot be decoded, or not in `timeout` seconds; Fatal.
+    Raises FileNotFoundError; Permanent if it cannot be decoded, Unfinished if not in `timeout` seconds; Fatal.
     """
     import numpy as np
 
@@ -166,8 +166,8 @@ def duration(opus: Path) -> float:
 def _run(argv: list[str], source: BinaryIO, sink: Callable[[bytes], object], timeout: float | None) -> None:
     """Run a program, `source` its input, its output to `sink`; every program of this room is started here.
 
-    Raises Permanent with its last words if it fails or is not done in time, Fatal if somebody ended it. However this
-    ends, the program's process group has ended.
+    Raises Permanent with its last words if it fails, Unfinished if it is killed or not done in time, Fatal if somebody
+    ended it. However this ends, the program's process group has ended.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     try:
@@ -185,7 +185,7 @@ def _run(argv: list[str], source: BinaryIO, sink: Callable[[bytes], object], tim
         words = _pump(process, source, sink, deadline)
         process.wait(None if deadline is None else max(0, deadline - time.monotonic()))
     except (TimeoutError, subprocess.TimeoutExpired):
-        raise Permanent(f"ffmpeg was not done with it in {timeout:g} seconds") from None
+        raise Unfinished(f"ffmpeg was not done with it in {timeout:g} seconds") from None
     finally:
         if process.returncode is None:
             with suppress(ProcessLookupError):
@@ -197,7 +197,7 @@ def _run(argv: list[str], source: BinaryIO, sink: Callable[[bytes], object], tim
     if process.returncode in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, STOPPED_BY_SIGNAL):
         raise Fatal("ffmpeg was ended from outside; the recording is not to blame")
     if process.returncode == -signal.SIGKILL:
-        raise Killed("ffmpeg was killed")
+        raise Unfinished("ffmpeg was killed")
     if process.returncode:
         raise Permanent(f"ffmpeg: {_last_words(words) or f'ended with {process.returncode}'}")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Literal, cast
 
 from redis import Redis
 from sqlalchemy import Engine
@@ -23,7 +23,7 @@ from lab_audio.ledger import Archive, recovery
 from lab_audio.log import get_logger
 from lab_audio.media import archive as tar
 from lab_audio.s3_utils import ArchiveInfo, Bucket
-from lab_audio.workers.host import delete_dead_object
+from lab_audio.workers.host import delete_dead_object, lose_host
 from lab_audio.workers.unpack_worker import transcribe_jobs
 
 PAGE = 1000
@@ -76,30 +76,16 @@ def find_lost_hosts(stores: Stores, grace_seconds: float, report: Report, *, dry
     report.doubted_hosts += [host for host, doubted in silent if not doubted]
     gone = [host for host, doubted in silent if doubted]
     for host in [*gone, *sorted(queues.named_hosts(stores.client) - present.keys())]:
-        if not dry_run:
-            returned = lose_host(stores, host, unless_seen=True)
-            if returned is None:
-                continue
-            report.returned_batches += returned
+        returned: Iterable[str] | None
+        if dry_run:
+            returned = ledger.held_batches(stores.engine, host)
+        else:
+            returned = lose_host(stores.engine, stores.client, host, unless_seen=True)
+        if returned is None:
+            continue
+        report.returned_batches += sorted(returned)
         if host in gone:
             report.lost_hosts.append(host)
-
-
-def lose_host(stores: Stores, host: str, *, unless_seen: bool = False) -> list[str] | None:
-    """LOST: return a host's batches and delete its lists and keys. Returns the batches that are to be unpacked anew;
-    None if it beats again.
-
-    Redis is told within the ledger's transaction: whoever takes or publishes a batch there waits until it is over.
-    """
-    with ledger.losing(stores.engine, host, unless_seen=unless_seen) as lost:
-        if lost is None:
-            return None
-        queues.forget_host(stores.client, host)
-        for batch_id in (*lost.reopened, *lost.ended):
-            queues.forget_batch(stores.client, batch_id)
-    if lost.reopened or lost.ended:
-        get_logger().warning("host lost", host=host, batches=lost.reopened)
-    return lost.reopened
 
 
 def adopt_archives(stores: Stores, report: Report, *, dry_run: bool) -> None:
@@ -107,33 +93,37 @@ def adopt_archives(stores: Stores, report: Report, *, dry_run: bool) -> None:
     for batch_ids in pages(s3_utils.archives(stores.bucket)):
         known = recovery.batch_states(stores.engine, batch_ids)
         for batch_id in batch_ids:
-            if batch_id not in known and adopt_archive(stores, batch_id, dry_run=dry_run):
+            if batch_id not in known and adopt_archive(stores, batch_id, dry_run=dry_run) is not None:
                 report.adopted_archives.append(batch_id)
 
 
-def adopt_archive(stores: Stores, batch_id: str, *, dry_run: bool) -> bool:
+def adopt_archive(stores: Stores, batch_id: str, *, dry_run: bool) -> Literal["whole", "broken"] | None:
     """Enter an archive; one of a transfer worker, which the ledger can only have forgotten, with its source files.
 
-    False if there is nothing to enter: it has gone, or its source is known.
+    Tells whether these are all that it was made of. None if there is nothing to enter: it has gone, or its source is
+    known.
     """
     try:
         info = s3_utils.head_archive(batch_id, bucket=stores.bucket)
     except NotFound:
-        return False
+        return None
+    files = None if info.source is None else read_back(stores, info)
+    source = None if files is None else info.source
+    whole = not files or info.source_file is not None or len(files) >= (info.file_count or 0)
     if dry_run:
-        return True
-    files: list[SourceFile] = []
-    if info.source_file is not None:
-        files = [info.source_file]
-    elif info.source is not None:
-        files = headers(stores, info)
-    job = new_unpack_job(batch_id, info.file_count or 0)
-    archive = Archive(info.sha256, info.size, info.file_count)
-    return recovery.adopt_archive(stores.engine, batch_id, job, archive, info.source, files)
+        entered = source is not None or ledger.find_batch(stores.engine, batch_id) is None
+    else:
+        job = new_unpack_job(batch_id, info.file_count or 0)
+        archive = Archive(info.sha256, info.size, info.file_count)
+        entered = recovery.adopt_archive(stores.engine, batch_id, job, archive, source, files or [])
+    return ("whole" if whole else "broken") if entered else None
 
 
-def headers(stores: Stores, info: ArchiveInfo) -> list[SourceFile]:
-    """The source files that an archive was made of; those before the damage where it is broken."""
+def read_back(stores: Stores, info: ArchiveInfo) -> list[SourceFile] | None:
+    """The source files that an archive was made of; those before the damage where it is a broken tar.
+
+    None if its bytes are not those that were uploaded: then its source files must not meet their fate.
+    """
     files: list[SourceFile] = []
     with s3_utils.open_archive(info, bucket=stores.bucket) as stream:
         try:
@@ -141,15 +131,22 @@ def headers(stores: Stores, info: ArchiveInfo) -> list[SourceFile]:
                 files.append(file)
         except tar.ArchiveBroken as error:
             get_logger().warning("archive is broken", key=info.key, reason=str(error))
-    return files
+        stream.drain()
+        if stream.sha256() != info.sha256:
+            get_logger().error("archive is damaged: its source files are taken anew", key=info.key)
+            return None
+    return files if info.source_file is None else [info.source_file]
 
 
 def push_jobs(stores: Stores, report: Report, *, dry_run: bool) -> None:
     """Push the job of every batch that is to be unpacked and that Redis does not hold."""
-    for batch_id, job in ledger.unqueued(stores.engine, queues.queued_unpack_jobs(stores.client)):
+    queued = queues.queued_unpack_jobs(stores.client)
+    for batch_id, job in ledger.unqueued(stores.engine, queued, lost_hosts=report.lost_hosts):
         report.pushed_jobs.append(batch_id)
         if not dry_run:
             queues.push(stores.client, UNPACK, job)
+    if dry_run:
+        report.pushed_jobs += report.adopted_archives
 
 
 def publish_again(stores: Stores, report: Report, *, dry_run: bool) -> None:
@@ -158,7 +155,7 @@ def publish_again(stores: Stores, report: Report, *, dry_run: bool) -> None:
     flying = {host: queues.transcribe_jobs_of(stores.client, host) for host in roots}
     for batch_id, host in recovery.ready_batches(stores.engine):
         root = roots.get(host)
-        if root is None:
+        if root is None or host in report.lost_hosts:
             continue
         pending = recovery.pending_items(stores.engine, batch_id)
         if flying[host].issuperset(transcribe_jobs(Path(root), batch_id, pending)) and queues.is_published(
@@ -190,7 +187,7 @@ def compare_objects(stores: Stores, report: Report, *, dry_run: bool) -> None:
         objects = s3_utils.processed(stores.bucket, date)
         for audio_id, key in objects.items():
             row = rows.get(audio_id)
-            if row is None or row.state == "dead" or row.s3_opus_path not in (None, key):
+            if row is None or not row.needs(key):
                 check_object(stores, audio_id, key, report, dry_run=dry_run)
         for audio_id, row in rows.items():
             path = row.s3_opus_path
@@ -201,17 +198,18 @@ def compare_objects(stores: Stores, report: Report, *, dry_run: bool) -> None:
 def check_object(stores: Stores, audio_id: int, key: str, report: Report, *, dry_run: bool) -> None:
     """An object that no row seems to need: what a dead recording left behind is deleted, else it is reported.
 
-    One that came well after its recording died was not left behind: the ledger may be older than the store.
+    One that came well after its recording died was not left behind: the ledger may be older than the store. One whose
+    archive is gone is the last that there is of it.
     """
     row = recovery.recording(stores.engine, audio_id)
     at = s3_utils.stored_at(stores.bucket, key)
-    if at is None or (row is not None and row.state != "dead" and row.s3_opus_path in (None, key)):
+    if at is None or (row is not None and row.needs(key)):
         return
-    if row is None or row.state != "dead" or row.settled_at is None or at > row.settled_at + LATE:
-        report.objects_without_rows.append(key)
-        return
-    if delete_dead_object(stores.engine, stores.bucket, audio_id, key, dry_run=dry_run):
+    left_behind = row is not None and row.settled_at is not None and at <= row.settled_at + LATE
+    if left_behind and delete_dead_object(stores.engine, stores.bucket, audio_id, key, dry_run=dry_run):
         report.deleted_objects.append(key)
+    else:
+        report.objects_without_rows.append(key)
 
 
 def pages(names: Iterable[str]) -> Iterable[list[str]]:

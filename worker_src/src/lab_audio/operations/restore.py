@@ -13,13 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO, cast
 
-from lab_audio import queues, s3_utils
+from lab_audio import ledger, queues, s3_utils
 from lab_audio.contracts import archive_key, item_of, new_unpack_job
 from lab_audio.errors import ConfigError, NotFound
 from lab_audio.ledger import recovery
 from lab_audio.media import archive as tar
-from lab_audio.operations.reconcile import Stores, adopt_archive, lose_host, pages
+from lab_audio.operations.reconcile import Stores, adopt_archive, pages
 from lab_audio.s3_utils import Origin
+from lab_audio.workers.host import lose_host
 
 READERS = 16
 
@@ -53,28 +54,53 @@ def restore(stores: Stores, *, dry_run: bool = False) -> RestoreReport:
     if not dry_run:
         queues.forget_everything(stores.client)
     for host in recovery.known_hosts(stores.engine):
-        if not dry_run:
-            report.returned_batches += lose_host(stores, host) or []
+        if dry_run:
+            report.returned_batches += sorted(ledger.held_batches(stores.engine, host))
+        else:
+            report.returned_batches += sorted(lose_host(stores.engine, stores.client, host) or [])
     new, highest = new_objects(stores)
     if not dry_run:
         report.next_audio_id = recovery.spare_ids(stores.engine, highest) + 1
-    archives = set(s3_utils.archives(stores.bucket))
-    for page in pages(sorted(archives)):
-        for batch_id in recovery.unknown_sources(stores.engine, page):
-            if adopt_archive(stores, batch_id, dry_run=dry_run):
-                report.adopted_archives.append(batch_id)
-    adopt_objects(stores, new, archives, report, dry_run=dry_run)
+    archives = Archives(stores, report, dry_run)
+    for page in pages(s3_utils.archives(stores.bucket)):
+        archives.adopt(page)
+    reopened = adopt_objects(stores, new, archives, report, dry_run=dry_run)
     for batch_id in recovery.archived_batches(stores.engine):
-        # A listing may lag behind: the object itself decides.
-        if (
-            batch_id not in archives
-            and s3_utils.stored_at(stores.bucket, archive_key(batch_id)) is None
-            and not dry_run
-        ):
+        if not archives.there(batch_id) and not dry_run:
             recovery.note_archive_gone(stores.engine, batch_id, new_unpack_job(batch_id, 0))
-    report.batches_without_archive += recovery.open_without_archive(stores.engine)
-    report.broken_archives += recovery.without_all_sources(stores.engine)
+    report.batches_without_archive += recovery.open_without_archive(stores.engine, archives.gone, reopened)
+    report.broken_archives = sorted({*report.broken_archives, *recovery.without_all_sources(stores.engine)})
     return report
+
+
+@dataclass
+class Archives:
+    """Which archives are in the store. A listing may lag behind: of one that it lacks, the object itself decides."""
+
+    stores: Stores
+    report: RestoreReport
+    dry_run: bool
+    found: set[str] = field(default_factory=set)
+    gone: set[str] = field(default_factory=set)
+
+    def adopt(self, batch_ids: list[str]) -> None:
+        """Enter those of these archives that the ledger does not know, or of which it knows no source."""
+        self.found.update(batch_ids)
+        for batch_id in recovery.unknown_sources(self.stores.engine, batch_ids):
+            adopted = adopt_archive(self.stores, batch_id, dry_run=self.dry_run)
+            if adopted is not None:
+                self.report.adopted_archives.append(batch_id)
+            if adopted == "broken":
+                self.report.broken_archives.append(batch_id)
+
+    def there(self, batch_id: str) -> bool:
+        """Whether an archive is in the store; one that was not listed is adopted now."""
+        if batch_id not in self.found and batch_id not in self.gone:
+            if s3_utils.stored_at(self.stores.bucket, archive_key(batch_id)) is None:
+                self.gone.add(batch_id)
+            else:
+                self.adopt([batch_id])
+        return batch_id in self.found
 
 
 def new_objects(stores: Stores) -> tuple[dict[int, tuple[str, str]], int]:
@@ -94,9 +120,9 @@ def new_objects(stores: Stores) -> tuple[dict[int, tuple[str, str]], int]:
 
 
 def adopt_objects(
-    stores: Stores, new: dict[int, tuple[str, str]], archives: set[str], report: RestoreReport, *, dry_run: bool
-) -> None:
-    """Enter these objects as pending recordings of their batches."""
+    stores: Stores, new: dict[int, tuple[str, str]], archives: Archives, report: RestoreReport, *, dry_run: bool
+) -> set[str]:
+    """Enter these objects as pending recordings of their batches. Returns the batches."""
 
     def origin(found: tuple[str, str]) -> Origin | None:
         try:
@@ -105,30 +131,39 @@ def adopt_objects(
             return None
 
     members: dict[str, dict[str, str]] = {}
+    reopened: set[str] = set()
     with ThreadPoolExecutor(READERS) as readers:
         for (audio_id, (date, key)), found in zip(new.items(), readers.map(origin, new.values()), strict=True):
             if found is None:
                 report.unclear_objects.append(key)
                 continue
             batch_id, item = found.batch_id, found.member_sha1[:16]
-            member = found.member
+            archived = archives.there(batch_id)
+            member = found.member.encode("utf-8", "surrogateescape").decode("utf-8", "ignore")
             if item_of(member) != item:  # cut, as it was too long for a header, perhaps within a letter
-                member = member.encode("utf-8", "surrogateescape").decode("utf-8", "ignore")
-                if batch_id in archives and batch_id not in members:
+                if archived and batch_id not in members:
                     members[batch_id] = member_names(stores, batch_id)
                 member = members.get(batch_id, {}).get(item, f"{member}... {item}")
-            if dry_run or recovery.adopt_recording(
-                stores.engine, audio_id, date, batch_id, member, item, new_unpack_job(batch_id, 0)
-            ):
-                report.adopted_objects.append(key)
+            if dry_run:
+                row = ledger.find_item(stores.engine, batch_id, item)
+                adopted = row is None or (row.audio_id, row.state) == (audio_id, "dead")
             else:
-                report.unclear_objects.append(key)
+                adopted = recovery.adopt_recording(
+                    stores.engine, audio_id, date, batch_id, member, item, new_unpack_job(batch_id, 0)
+                )
+            (report.adopted_objects if adopted else report.unclear_objects).append(key)
+            if adopted:
+                reopened.add(batch_id)
+    return reopened
 
 
 def member_names(stores: Stores, batch_id: str) -> dict[str, str]:
-    """The name of each item of an archive."""
-    info = s3_utils.head_archive(batch_id, bucket=stores.bucket)
+    """The name of each item of an archive; none where it has just gone."""
     names: dict[str, str] = {}
+    try:
+        info = s3_utils.head_archive(batch_id, bucket=stores.bucket)
+    except NotFound:
+        return names
     with s3_utils.open_archive(info, bucket=stores.bucket) as stream, suppress(tar.ArchiveBroken):
         for member in tar.read(cast(BinaryIO, stream)):
             names[item_of(member.name)] = member.name

@@ -78,11 +78,15 @@ class Inbox:
         self._lock = threading.Lock()
         self._unsure = True
 
+    def left(self) -> list[str]:
+        """Jobs in the own list that were not claimed here: of a process that died, or lost on the way."""
+        with _translated(self.client):
+            return [str(job) for job in self.client.lrange(self.own, 0, -1) if job not in self._held]
+
     def claim(self, wait: int) -> str | None:
         """The next job, or None if none comes within `wait` seconds (0: do not wait)."""
         if self._unsure:
-            with _translated(self.client):
-                left = [str(job) for job in self.client.lrange(self.own, 0, -1) if job not in self._held]
+            left = self.left()
             if left:
                 self._held.add(left[0])
                 return left[0]

@@ -48,6 +48,7 @@ from lab_audio.workers.host import (
     beat,
     delete_dead_object,
     drop_stale,
+    note_deaths,
     open_host,
     open_inbox,
     return_batch,
@@ -65,7 +66,7 @@ PR_SET_PDEATHSIG = 1
 RESULT: TypeAdapter[Result] = TypeAdapter(Result)
 
 
-@dataclass
+@dataclass(eq=False)
 class Work:
     """A claimed job on its way through the process: `samples` until the models heard it, then `result` or `failure`.
 
@@ -92,9 +93,10 @@ class Work:
 
     def went_wrong(self, error: Exception) -> None:
         """Note what failed, as text: the error itself would keep memory of the models from being used again."""
-        self.refused = isinstance(error, Permanent)
-        self.failure = plain(str(error) if self.refused else f"{type(error).__name__}: {error}")
-        if not self.refused:
+        ours = isinstance(error, Permanent)
+        self.refused = ours and not isinstance(error, transcode.Unfinished)
+        self.failure = plain(str(error) if ours else f"{type(error).__name__}: {error}")
+        if not ours:
             log.get_logger().error("went wrong", audio_id=self.item.audio_id, exc_info=error)
 
 
@@ -129,6 +131,7 @@ class Slot:
 
     def run(self) -> None:
         try:
+            patiently(self.stop, note_deaths, self.host, self.inbox)
             while not self.stop():
                 self._fill()
                 self._take_in_hand()
@@ -157,7 +160,9 @@ class Slot:
             self.ahead.append((job, self.decoders.submit(self._prepare, job)))
 
     def _prepare(self, job: str) -> Work | None:
-        """Find what a job is about and decode it. None if nothing is to be done: the job is gone from the slot."""
+        """Find what a job is about, and decode it unless it was tried before. None if nothing is to be done: the job
+        is gone from the slot.
+        """
         inbox, host = self.inbox, self.host
         try:
             wanted = parse_transcribe_job(job)
@@ -187,21 +192,31 @@ class Slot:
             return work
         except (FileNotFoundError, ValidationError):
             pass
-        try:
-            work.samples = transcode.decode(opus, timeout=60 + (item.seconds or 0))
-        except FileNotFoundError:
-            patiently(self.stop, return_batch, host, item.batch_id)
-            patiently(self.stop, drop_stale, host, inbox, job, item.batch_id)
-            return None
-        except transcode.Killed as error:
-            raise Fatal(f"{error}; is this host short of memory?") from error
         except OSError as error:
             raise Fatal(f"SCRATCH_ROOT {host.scratch}: {error}") from error
+        return work if work.tried or self._decode(work) else None
+
+    def _decode(self, work: Work) -> bool:
+        """Decode its Opus, or note what is wrong with it. False if it is not there: the job is gone from the slot."""
+        try:
+            work.samples = transcode.decode(work.opus, timeout=60 + (work.item.seconds or 0))
+        except FileNotFoundError:
+            self._give_up_scratch(work)
+            return False
+        except OSError as error:
+            raise Fatal(f"SCRATCH_ROOT {self.host.scratch}: {error}") from error
         except Fatal:
             raise
         except Exception as error:
             work.went_wrong(error)
-        return work
+        return True
+
+    def _give_up_scratch(self, work: Work) -> None:
+        """Return the batch of a recording whose Opus is missing; that is no attempt of its own."""
+        if work.begun:
+            patiently(self.stop, ledger.hand_back, self.host.engine, work.item.audio_id, work.item.attempts)
+        patiently(self.stop, return_batch, self.host, work.item.batch_id)
+        patiently(self.stop, drop_stale, self.host, self.inbox, work.job, work.item.batch_id)
 
     def _take_in_hand(self) -> None:
         """Take what is ready for the models, in order; a recording that was tried before goes alone."""
@@ -210,7 +225,7 @@ class Slot:
             if self.hand and not future.done():
                 return
             work = future.result()
-            if self.hand and work and work.samples is not None and work.tried:
+            if self.hand and work and work.tried and not (work.failure or work.result):
                 return
             self.ahead.popleft()
             if work is None:
@@ -225,10 +240,15 @@ class Slot:
                     return
 
     def _recognise(self) -> None:
-        """BEGIN each recording in hand and give it to the models; what fails is suspect."""
+        """BEGIN each recording in hand and give it to the models; what fails is suspect.
+
+        One that was tried before is alone in the process, so that it blames no other if it kills it; and it is decoded
+        only now that its attempt is counted, for that may be what kills it.
+        """
         if self.hand and self.hand[0].tried:
-            self._reap(0)  # alone in the process, so that a recording that kills it blames no other
+            self._reap(0)
         self.hand = [work for work in self.hand if self._begin(work)]
+        self.hand = [work for work in self.hand if work.samples is not None or self._decode(work)]
         with self._noting_sickness():
             self._ask_models()
         self.suspects.extend(work for work in self.hand if work.failure)
@@ -248,9 +268,10 @@ class Slot:
 
     def _ask_models(self) -> None:
         """Give each recording in hand its result, or its failure. Raises Fatal if the models are sick."""
-        samples = sum(len(work.samples) for work in self.hand)
+        decoded = [work for work in self.hand if work.samples is not None]
+        samples = sum(len(work.samples) for work in decoded)
         spoken: list[tuple[Work, Transcript]] = []
-        for work in self.hand:
+        for work in decoded:
             try:
                 with watchdog(len(work.samples)):
                     transcript = self.models.transcribe(work.samples)
@@ -355,8 +376,7 @@ class Slot:
                 member=item.member,
             )
         except FileNotFoundError:
-            patiently(self.stop, return_batch, host, item.batch_id)
-            patiently(self.stop, drop_stale, host, self.inbox, work.job, item.batch_id)
+            self._give_up_scratch(work)
             return
         settled = patiently(self.stop, ledger.finish, host.engine, item.audio_id, key, work.result)
         if settled.state == "dead":
@@ -382,13 +402,13 @@ class Slot:
             patiently(self.stop, tidy_batch, self.host, work.item.batch_id)
 
     def _reap(self, most: int) -> None:
-        """Wait until at most so many uploads are under way; raises what went wrong in one."""
-        done = [future for _work, future in self.behind if future.done()]
-        self.behind = deque((work, future) for work, future in self.behind if future not in done)
-        for future in done:
-            future.result()
+        """Wait until at most so many uploads are under way. Raises what went wrong in one, which stays `behind`."""
+        for sent in [sent for sent in self.behind if sent[1].done()]:
+            sent[1].result()
+            self.behind.remove(sent)
         while len(self.behind) > most:
-            self.behind.popleft()[1].result()
+            self.behind[0][1].result()
+            self.behind.popleft()
 
     def _leave(self) -> None:
         """Finish uploads; what did not come through goes uncounted back to the head of the list, in order."""
@@ -396,7 +416,7 @@ class Slot:
         self.decoders.shutdown(wait=True, cancel_futures=True)
         # A sick worker ends soon: results that wait for their turn lie on scratch, and the next process sends them.
         self.uploaders.shutdown(wait=True, cancel_futures=self.sickness is not None)
-        unsent = [work for work, future in self.behind if future.cancelled()]
+        unsent = [work for work, future in self.behind if future.cancelled() or future.exception()]
         failures = [future.exception() for _work, future in self.behind if not future.cancelled()]
         left = [*self.suspects, *self.hand]
         prepared = [

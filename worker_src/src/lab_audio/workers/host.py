@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,15 @@ from sqlalchemy import Engine
 
 from lab_audio import ledger, queues, scratch
 from lab_audio.config import GpuSettings, UnpackSettings
-from lab_audio.contracts import TRANSCRIBE, UNPACK, archive_key, processing_list, transcribe_list
-from lab_audio.errors import Fatal
+from lab_audio.contracts import (
+    TRANSCRIBE,
+    UNPACK,
+    archive_key,
+    parse_transcribe_job,
+    processing_list,
+    transcribe_list,
+)
+from lab_audio.errors import Fatal, Permanent
 from lab_audio.ledger.hosts import BEAT_SECONDS
 from lab_audio.log import get_logger
 from lab_audio.s3_utils import Bucket, delete_archive, delete_opus, open_bucket
@@ -48,12 +56,38 @@ def open_host(settings: UnpackSettings | GpuSettings, stop: Stop) -> Host:
         settings.archive_after_batch,
     )
     patiently(stop, ledger.check_migrated, host.engine)
-    disk = scratch.prepare(host.scratch)
-    lost = patiently(stop, ledger.register, host.engine, host.name, disk, host.scratch)
-    for batch_id in lost:
-        get_logger().warning("batch returned: the disk it was on is gone", batch_id=batch_id)
-        patiently(stop, queue_waiting, host.engine, host.client, batch_id)
+    patiently(stop, enter, host, scratch.prepare(host.scratch))
     return host
+
+
+def enter(host: Host, disk: str) -> None:
+    """Enter this host in the ledger; if its disk was replaced, what lay on the old one is lost."""
+    with ledger.registering(host.engine, host.name, disk, host.scratch) as lost:
+        if lost is not None:
+            forget(host.client, host.name, lost)
+    for batch_id in lost.reopened if lost else ():
+        queue_waiting(host.engine, host.client, batch_id)
+
+
+def lose_host(engine: Engine, client: Redis, host: str, *, unless_seen: bool = False) -> list[str] | None:
+    """LOST: return a host's batches and delete its lists and keys. Returns the batches that are to be unpacked anew;
+    None if it beats again.
+    """
+    with ledger.losing(engine, host, unless_seen=unless_seen) as lost:
+        if lost is not None:
+            forget(client, host, lost)
+    return lost.reopened if lost else None
+
+
+def forget(client: Redis, host: str, lost: ledger.Lost) -> None:
+    """Have Redis forget a lost host, within the ledger's transaction: whoever takes or publishes one of its batches
+    waits until it is over.
+    """
+    queues.forget_host(client, host)
+    for batch_id in (*lost.reopened, *lost.ended):
+        queues.forget_batch(client, batch_id)
+    if lost.reopened or lost.ended:
+        get_logger().warning("scratch of a host is lost", host=host, batches=lost.reopened)
 
 
 def open_inbox(host: Host, kind: str) -> tuple[scratch.Slot, queues.Inbox]:
@@ -97,10 +131,26 @@ def return_leftovers(host: Host, kind: str) -> None:
         if slot is None:
             continue
         try:
+            if kind == "gpu":
+                own = processing_list(host.name, kind, number)
+                note_deaths(host, queues.Inbox(host.client, host.list_of(kind), own))
             count = queues.put_back(host.client, host.name, kind, number, host.list_of(kind))
         finally:
             slot.release()
         get_logger().info("returned the jobs of a dead slot", kind=kind, slot=number, jobs=count)
+
+
+def note_deaths(host: Host, inbox: queues.Inbox) -> None:
+    """Note of each recording that a GPU process had in hand as it died that it may have been the cause: such a one is
+    prepared alone next time, after its attempt was counted.
+    """
+    items = []
+    for job in inbox.left():
+        with suppress(Permanent):
+            wanted = parse_transcribe_job(job)
+            items.append((wanted.batch_id, wanted.item))
+    if items:
+        ledger.note_deaths(host.engine, items)
 
 
 def tidy(host: Host) -> None:

@@ -316,7 +316,7 @@ def encode(row: NewItem, mp3: BinaryIO, folder: Path, bitrate: int) -> NewItem:
                 target = folder / f"{row.item}.opus"
                 opus = transcode.encode(mp3, target, bitrate=bitrate, timeout=encode_seconds(mp3))
                 break
-            except transcode.Killed as error:  # for want of memory, perhaps not its own
+            except transcode.Unfinished as error:  # for want of memory or time, perhaps not its own
                 if tries_left:
                     continue
                 reason = f"{error}, {FFMPEG_TRIES} times"

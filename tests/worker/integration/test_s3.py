@@ -311,8 +311,8 @@ class TestStream:
         info = s3_utils.head_archive(BATCH, bucket=bucket)
         with s3_utils.open_archive(info, bucket=bucket, range_size=MIB) as stream:
             assert stream.read(100) == tar.read_bytes()[:100]
-            s3_utils.delete_archive(KEY, bucket=bucket)
-            upload(make_file(tmp_path / "other.tar", info.size + 1), bucket)
+            other = make_file(tmp_path / "other.tar", info.size + 1)
+            bucket.client.put_object(Bucket=bucket.name, Key=KEY, Body=other.read_bytes())  # it is there all the time
             with pytest.raises(Retryable, match="changed"):
                 stream.drain()
 

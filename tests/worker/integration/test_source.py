@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -506,3 +507,15 @@ def test_building_from_a_source_is_one_pass(where: source.Source, directory: Pat
     data = (tmp_path / "a.tar").read_bytes()
     assert built.sha256 == hashlib.sha256(data).hexdigest()
     assert list(archive.sources(io.BytesIO(data))) == [f for f in files if f.path != "3.mp3"]
+
+
+def test_a_file_of_another_age_is_left_out() -> None:
+    """With a time that the ledger cannot hold; the other files of its source are taken."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:  # most file systems on disks cannot hold it, either
+        old, good = Path(place, "old.mp3"), Path(place, "good.mp3")
+        for path, seconds in ((old, -11_676_096_000), (good, 1_700_000_000)):
+            path.write_bytes(b"x")
+            os.utime(path, (seconds, seconds))
+        assert old.stat().st_mtime_ns < -(2**63)
+        files = source.settled(source.parse(place), 0)
+    assert [file.path for file in files] == ["good.mp3"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from lab_audio import ledger, queues
+from lab_audio import ledger, queues, s3_utils
 from lab_audio.config import GpuSettings, TransferSettings
 from lab_audio.contracts import TranscribeJob, item_of, opus_path
 from lab_audio.errors import Fatal, Permanent
@@ -103,13 +105,12 @@ def test_lost_scratch_returns_the_batch_uncounted(world: World) -> None:
 
 
 def test_a_result_on_disk_is_not_made_again(world: World) -> None:
+    def dying() -> None:
+        s3_utils.upload_opus = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
+
     world.plant_batch(1, NAMES)
     world.run("unpack")
-    _, effects = world.run("gpu", kill_before=10**6)
-    world.reset()
-    world.plant_batch(1, NAMES)
-    world.run("unpack")
-    world.run("gpu", kill_before=effects.index("s3 PUT") + 1)
+    world.run("gpu", mutant=dying)
     assert list(world.scratch("h1").glob("*/*.json"))
     world.finish(mutant=failing(Fatal("the models were asked again"), "a.mp3"))
     assert world.snags() == []

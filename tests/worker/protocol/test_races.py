@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -274,3 +276,15 @@ def test_two_disks_that_start_at_once_under_one_name(world: World) -> None:
     register(world.engine, "h1", "disk one")
     with pytest.raises(Fatal, match="LAB_HOST"):
         register(world.engine, "h1", "disk two")
+
+
+def test_a_disk_is_named_once_and_completely(tmp_path: Path) -> None:
+    """Also after one was killed as it named it, and by several at once."""
+    root = tmp_path / "scratch"
+    root.mkdir()
+    (root / ".id.123.part").write_text("half")
+    with ThreadPoolExecutor(8) as pool:
+        names = set(pool.map(lambda _n: scratch.prepare(root), range(16)))
+    assert len(names) == 1
+    assert re.fullmatch(r"[0-9a-f]{32}", names.pop())
+    assert sorted(path.name for path in root.iterdir()) == [".id", ".locks"]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import shutil
+import tarfile
 from datetime import datetime, timezone
+from typing import Any
 
 import pytest
 
 from lab_audio import ledger, queues
+from lab_audio.config import UnpackSettings
 from lab_audio.contracts import archive_key
+from lab_audio.errors import Retryable
 from lab_audio.operations.reconcile import Report, Stores, reconcile
-from lab_audio.workers.host import lose_host
+from lab_audio.workers.host import lose_host, open_host
+from lab_audio.workers.loop import Stop
 
 from world import World
 
@@ -396,8 +403,7 @@ def test_an_archive_with_odd_metadata_is_entered(world: World, metadata: dict[st
     world.bucket.client.put_object(**where, Body=body, Metadata=metadata)
     world.client.delete("unpack")
     assert reconcile(stores(world), GRACE).adopted_archives == [batch_id]
-    world.finish()
-    assert world.snags() == []
+    assert states(world)[batch_id][0] == ("failed" if metadata.get("source") == "/s" else "uploaded")
 
 
 @pytest.mark.parametrize(
@@ -412,3 +418,50 @@ def test_an_archive_with_odd_metadata_is_entered(world: World, metadata: dict[st
 def test_names_that_cannot_be_are_refused(world: World, arguments: tuple[str, ...]) -> None:
     refused = world.command(*arguments, code=2)
     assert "not UTF-8" in refused.output or "is a directory" in refused.output
+
+
+def test_a_replaced_disk_is_told_to_redis_when_it_is_there_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch_id = world.plant_batch(1, NAMES)
+    world.run("unpack")
+    silence(world, "h1", 5)
+    shutil.rmtree(world.scratch("h1"))
+    push, away = queues.push, [True]
+
+    def pushing(*arguments: Any) -> None:
+        if away:
+            away.pop()
+            raise Retryable("Redis is away")
+        push(*arguments)
+
+    monkeypatch.setattr(queues, "push", pushing)
+    open_host(world.load(UnpackSettings), Stop())
+    assert world.client.lrange("unpack", 0, -1) == [world.job(batch_id, 3)]
+
+
+def test_what_a_lost_host_had_in_hand_goes_alone(world: World) -> None:
+    """The machine itself may have died of it."""
+    world.plant_batch(1, NAMES)
+    world.run("unpack")
+    world.client.lmove("transcribe:h1", "processing:h1:gpu:0", "LEFT", "RIGHT")
+    world.command("hosts", "forget", "h1")
+    reasons = [reason for (reason,) in world.rows("SELECT reason FROM audio_files WHERE reason IS NOT NULL")]
+    assert reasons == ["its worker died while it was in hand"]
+
+
+def test_a_list_of_no_host_does_no_harm(world: World) -> None:
+    for name in (b"transcribe:\xff", b"processing:\xff:gpu:0", b"transcribe:a\0b"):
+        world.client.rpush(name, "{}")
+    assert nothing(reconcile(stores(world), GRACE))
+
+
+@pytest.mark.parametrize("path", ["../a.mp3", "/a.mp3", "x" * 3000 + ".mp3"])
+def test_an_archive_that_claims_impossible_source_files_has_failed(world: World, path: str) -> None:
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo(path))
+    body, key = tar.getvalue(), archive_key(world.BATCH(1))
+    metadata = {"source": str(world.directory / "source"), "sha256": hashlib.sha256(body).hexdigest()}
+    world.bucket.client.put_object(Bucket=world.bucket.name, Key=key, Body=body, Metadata=metadata)
+    assert reconcile(stores(world), GRACE).adopted_archives == [world.BATCH(1)]
+    assert states(world) == {world.BATCH(1): ("failed", None)}
+    assert world.rows("SELECT * FROM source_files") == []

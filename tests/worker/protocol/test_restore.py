@@ -115,8 +115,8 @@ def test_everything_is_accounted_for_once(world: World, yesterday: dict[str, Any
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     said = json.loads(dry.stdout)
-    lists = ("returned_batches", "adopted_archives", "broken_archives", "batches_without_archive", "adopted_objects")
-    for what in (*lists, "unclear_objects"):
+    lists = ("returned_batches", "adopted_archives", "batches_without_archive", "adopted_objects", "unclear_objects")
+    for what in lists:
         assert (what, said[what]) == (what, report[what])
     assert len(report["adopted_archives"]) == 5
     assert set(report["batches_without_archive"]) == yesterday["gone"]
@@ -158,20 +158,71 @@ def test_sources_of_an_archive_that_was_damaged_are_not_deleted(world: World) ->
     world.run("transfer", kill_before=put + 1)
     (key,) = world.objects()
     stored = world.bucket.client.get_object(Bucket=world.bucket.name, Key=key)
-    body = bytearray(stored["Body"].read())
+    stored_body = stored["Body"].read()
+    body = bytearray(stored_body)
     body[body.rindex(b"a.mp3")] ^= 1
     world.bucket.client.put_object(Bucket=world.bucket.name, Key=key, Body=bytes(body), Metadata=stored["Metadata"])
     world.sql(TABLES)
     world.engine.dispose()
     assert reconcile().returncode == 0
+    where = {"Bucket": world.bucket.name, "Key": key}
+    world.bucket.client.put_object(**where, Body=stored_body, Metadata=stored["Metadata"])  # as another replica has it
     world.finish(transfer=True)
     # The damaged archive is a dead letter; the recording came again, in another one.
     dead = world.rows("SELECT batch_id, state, reason FROM batches WHERE state <> 'complete'")
     assert [(archive_key(row.batch_id), row.state) for row in dead] == [(key, "failed")]
-    assert "SHA-256" in dead[0].reason
+    assert "the archive's SHA-256 is" in dead[0].reason
     assert world.rows("SELECT member, state FROM audio_files") == [("a.mp3", "done")]
     assert world.rows("SELECT transcripts.text FROM transcripts") == [("a.mp3",)]
     assert not (world.directory / "source" / "a.mp3").exists()
+
+
+def test_a_damaged_archive_that_may_be_the_only_copy_stays(world: World) -> None:
+    """The dump has it as minted; since then it was uploaded, and its source files deleted."""
+    world.environment["SOURCE_FATE"] = "delete"
+    world.plant_files(["a.mp3"])
+    world.run("transfer")
+    (key,) = world.objects()
+    world.sql("UPDATE batches SET state = 'minted', uploaded_at = NULL, job = NULL, sha256 = NULL, file_count = NULL")
+    world.sql("UPDATE source_files SET fate_at = NULL")
+    where = {"Bucket": world.bucket.name, "Key": key}
+    stored = world.bucket.client.get_object(**where)
+    body = bytearray(stored["Body"].read())
+    body[body.rindex(b"a.mp3")] ^= 1
+    world.bucket.client.put_object(**where, Body=bytes(body), Metadata=stored["Metadata"])
+    world.run("transfer")
+    ((state, reason),) = world.rows("SELECT state, reason FROM batches")
+    assert (state, "the archive's SHA-256 is" in reason) == ("failed", True)
+    assert world.objects() == {key}
+
+
+def test_an_archive_that_is_listed_and_gone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its source is known, so it would not be asked for; its Opus are what is left of it."""
+    world.plant_files(["a.mp3", "b.mp3"])
+    world.run("transfer")
+    world.run("unpack")
+    world.run("gpu")
+    ((batch_id,),) = world.rows("SELECT batch_id FROM batches")
+    world.sql("UPDATE audio_files SET state = 'pending', attempts = 0, s3_opus_path = NULL")
+    world.sql("TRUNCATE transcripts, classifications; UPDATE batches SET state = 'ready', host = 'h1'")
+    world.bucket.client.delete_object(Bucket=world.bucket.name, Key=archive_key(batch_id))
+    world.engine.dispose()
+    with monkeypatch.context() as lagging:
+        lagging.setattr(s3_utils, "archives", lambda bucket: iter([batch_id]))
+        restore(Stores(world.engine, world.client, world.bucket))
+    world.run("reconcile")
+    world.finish()
+    assert world.snags() == []
+    # The same once it has failed for want of its archive.
+    world.sql("UPDATE audio_files SET state = 'pending', attempts = 0, s3_opus_path = NULL")
+    world.sql("TRUNCATE transcripts, classifications")
+    world.sql(
+        "UPDATE batches SET state = 'failed', reason = 'archive missing', archive_gone_at = NULL, failed_at = now()"
+    )
+    restore(Stores(world.engine, world.client, world.bucket))
+    world.run("reconcile")
+    world.finish()
+    assert world.snags() == []
 
 
 def test_an_archive_that_the_listing_lacks_is_not_taken_for_deleted(

@@ -390,7 +390,8 @@ def test_attempts_are_counted_from_what_was_known_and_noted_with_the_host(world:
     assert [ledger.begin(world.engine, audio_id, "h1", known) for known in (0, 0, 1, 0, 1)] == [1, 1, 2, None, 2]
     assert world.rows("SELECT attempts, host FROM audio_files") == [(2, "h1")]
     for _ in range(2):
-        ledger.hand_back(world.engine, audio_id, 1, "it rained")
+        ledger.hand_back(world.engine, audio_id, "h2", 1, "it is another's")
+        ledger.hand_back(world.engine, audio_id, "h1", 1, "it rained")
         assert world.rows("SELECT attempts, reason FROM audio_files") == [(1, "it rained")]
 
 
@@ -475,39 +476,83 @@ def test_an_ffmpeg_that_did_not_end_by_itself_is_tried_again(world: World, monke
 
     def encode(mp3: Any, opus: Path, **options: Any) -> transcode.Encoded:
         calls.append(opus)
-        if len(calls) < unpack_worker.FFMPEG_TRIES:
+        if len(calls) < 3:
             raise transcode.Unfinished("ffmpeg was not done with it in 60 seconds")
         return fake_encode(mp3, opus, **options)
 
     monkeypatch.setattr(transcode, "encode", encode)
+    monkeypatch.setattr(unpack_worker, "FFMPEG_PAUSES", (0, 0))
     unpack_here(world)
     assert set(states(world).values()) == {("pending", 0)}
 
-    def decode(opus: Path, **options: Any) -> bytes:
-        if opus in calls and not opus.with_suffix(".tried").exists():
-            opus.with_suffix(".tried").touch()
-            raise transcode.Unfinished("ffmpeg was not done with it in 61 seconds")
-        return fake_decode(opus)
 
-    assert gpu_process(world, patch=lambda: setattr(transcode, "decode", decode)) == 0
-    assert set(states(world).values()) == {("done", 2)}
+def unfinished_on(name: str, times: int, world: World) -> Callable[[], None]:
+    """An ffmpeg that does not end with one recording, so often, over all processes."""
+
+    def patch() -> None:
+        def decode(opus: Path, **options: Any) -> bytes:
+            samples = fake_decode(opus)
+            marks = len(list(world.directory.glob("unfinished.*")))
+            if samples == name.encode() and marks < times:
+                (world.directory / f"unfinished.{marks}").touch()
+                raise transcode.Unfinished("ffmpeg was killed")
+            return samples
+
+        transcode.decode = decode
+
+    return patch
+
+
+def test_a_recording_whose_decoding_did_not_end_is_tried_alone(world: World) -> None:
+    unpacked(world)
+    patch = unfinished_on("3.mp3", 1, world)
+    assert gpu_process(world, patch=patch) == SICK
+    assert nothing_is_blamed(world)
+    assert pending_jobs_are_on_the_list(world)
+    assert "is this host short of memory" in said(world)
+    assert gpu_process(world, patch=patch) == 0
+    assert set(states(world).values()) == {("done", 1)}
+
+
+def test_a_recording_whose_decoding_never_ends_is_the_only_one_set_aside(world: World) -> None:
+    unpacked(world)
+    patch = unfinished_on("3.mp3", 99, world)
+    codes = [gpu_process(world, patch=patch, MAX_ATTEMPTS="2") for _ in range(4)]
+    assert codes == [SICK] * 3 + [0]
+    assert states(world) == {**dict.fromkeys(NAMES, ("done", 1)), "3.mp3": ("dead", 2)}
+    ((reason,),) = world.rows("SELECT reason FROM audio_files WHERE state = 'dead'")
+    assert reason == "given up after 2 attempts: its worker turned sick: ffmpeg was killed"
+
+
+def killing_as_it_is_decoded() -> None:
+    def decode(opus: Path, **options: Any) -> bytes:
+        samples = fake_decode(opus)
+        if samples.startswith(POISON):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return samples
+
+    transcode.decode = decode
+
+
+def test_beside_a_recording_that_was_tried_none_is_decoded(world: World) -> None:
+    """Else those that come after it could kill its process, and it would be blamed each time."""
+    unpacked(world, ["0.mp3", "poison a.mp3", "poison b.mp3", "poison c.mp3"])
+    jobs = world.client.lrange("transcribe:h1", 0, -1)
+    late = [world.client.rpop("transcribe:h1") for _ in jobs[2:]]
+    while gpu_process(world, patch=killing_as_it_is_decoded, MAX_ATTEMPTS="2") != 0:
+        if late:
+            world.client.rpush("transcribe:h1", late.pop())
+    assert states(world)["0.mp3"] == ("done", 1)
 
 
 def test_a_recording_that_kills_its_process_as_it_is_decoded_is_the_only_one_set_aside(world: World) -> None:
     unpacked(world, [*NAMES[:3], "poison.mp3"])
 
-    def patch() -> None:
-        def decode(opus: Path, **options: Any) -> bytes:
-            samples = fake_decode(opus)
-            if samples.startswith(POISON):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return samples
-
-        transcode.decode = decode
-
-    codes = [gpu_process(world, patch=patch, MAX_ATTEMPTS="2", DECODE_THREADS="4") for _ in range(4)]
+    codes = [gpu_process(world, patch=killing_as_it_is_decoded, MAX_ATTEMPTS="2", DECODE_THREADS="4") for _ in range(4)]
     assert codes == [-signal.SIGKILL] * 3 + [0]
-    assert states(world) == {**dict.fromkeys(NAMES[:3], ("done", 1)), "poison.mp3": ("dead", 2)}
+    assert states(world).pop("poison.mp3") == ("dead", 2)
+    # At the first kill others may have been in hand; after it each is alone.
+    assert all(state == "done" and attempts <= 2 for name, (state, attempts) in states(world).items() if name in NAMES)
     ((reason,),) = world.rows("SELECT reason FROM audio_files WHERE state = 'dead'")
     assert reason == "given up after 2 attempts: its worker died while it was in hand"
 

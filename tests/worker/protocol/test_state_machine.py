@@ -159,7 +159,7 @@ class Protocol:
         inbox, engine = self.inboxes["gpu", host], self.world.engine
         place = (item.batch_id, item.member)
         if ending == "hand back":
-            ledger.hand_back(engine, item.audio_id, item.attempts)
+            ledger.hand_back(engine, item.audio_id, host, item.attempts)
             inbox.move(job, inbox.source, "head")
             del self.working[host]
             return

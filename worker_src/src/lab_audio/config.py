@@ -83,12 +83,15 @@ class S3Settings(_Settings):
     s3_ca_bundle: Path | None = Field(None, description="File of CA certificates, where the system's do not do")
 
 
+HOST_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
+
+
 class HostSettings(_Settings):
     """Which host this is, and where its scratch lies."""
 
     lab_host: str = Field(
         default_factory=lambda: socket.gethostname().split(".")[0],
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$",
+        pattern=f"^{HOST_NAME}$",
         description="Name of this host in the ledger and in Redis lists (default: the host's name)",
     )
     archive_after_batch: Literal["keep", "delete"] = Field(
@@ -153,7 +156,7 @@ class GpuSettings(LedgerSettings, QueueSettings, S3Settings, HostSettings):
     classify_batch: int = Field(8, ge=1, description="Recordings that are classified together")
     decode_threads: int = Field(2, ge=1, description="Recordings decoded ahead of the models")
     upload_threads: int = Field(4, ge=1, description="Recordings uploaded behind the models")
-    max_attempts: int = Field(5, ge=1, description="Tries of one recording before it is set aside")
+    max_attempts: int = Field(5, ge=2, description="Tries of one recording before it is set aside")
 
 
 class StoreSettings(LedgerSettings, QueueSettings, S3Settings):

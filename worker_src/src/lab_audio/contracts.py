@@ -63,6 +63,11 @@ def opus_path(scratch_root: Path, batch_id: str, item: str) -> Path:
     return scratch_root / check_batch_id(batch_id) / f"{item}.opus"
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be stored: one with surrogates stands for bytes that are not UTF-8."""
+    return text.encode(errors="ignore").decode() == text
+
+
 class _Payload(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 

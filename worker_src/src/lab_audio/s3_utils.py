@@ -36,7 +36,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from lab_audio.config import HostSettings, S3Settings, load
-from lab_audio.contracts import BATCH_ID, MAX_INTEGER, SourceFile, archive_key, check_batch_id, processed_key
+from lab_audio.contracts import BATCH_ID, MAX_INTEGER, SourceFile, archive_key, check_batch_id, is_utf8, processed_key
 from lab_audio.errors import ConfigError, Fatal, LabAudioError, NotFound, Permanent, Retryable
 from lab_audio.scratch import batch_dir, cleanup_scratch, is_full, prepare
 
@@ -758,7 +758,7 @@ def _head_stored(bucket: Bucket, key: str) -> dict[str, Any]:
 def _info(bucket: Bucket, key: str) -> ArchiveInfo:
     found = _head(bucket, key)
     source, path = from_header(found["Metadata"].get("source")), from_header(found["Metadata"].get("source-path"))
-    if source is not None and source.encode(errors="ignore").decode() != source:
+    if source is not None and not is_utf8(source):
         source = None
     mtime_ns = found["Metadata"].get("source-mtime-ns", "")
     sha256 = found["Metadata"].get("sha256", "").lower()

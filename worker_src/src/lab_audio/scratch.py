@@ -1,7 +1,7 @@
 """The scratch directory: one folder a batch, and kernel locks that say who is alive.
 
 SCRATCH_ROOT/.id               this disk's random name
-SCRATCH_ROOT/.locks/           lock files; never unlinked: `batches`, and `{kind}.{number}` for slots
+SCRATCH_ROOT/.locks/           lock files; never unlinked: `batches`, `id`, and `{kind}.{number}` for slots
 SCRATCH_ROOT/{batch_id}/       {item}.opus, {item}.json
 """
 
@@ -34,13 +34,16 @@ def prepare(root: Path) -> str:
         root.mkdir(mode=0o750, parents=True, exist_ok=True)
         (root / ".locks").mkdir(mode=0o750, exist_ok=True)
         identity = root / ".id"
-        if not identity.exists():
-            fresh = root / f".id.{secrets.token_hex(16)}"
-            write_atomic(fresh, fresh.suffix[1:].encode())
-            with suppress(FileExistsError):  # of workers that start at once, one names the disk
-                identity.hardlink_to(fresh)
-            fresh.unlink()
-        return identity.read_text()
+        named = _open_lock(root, "id")
+        try:
+            fcntl.flock(named, fcntl.LOCK_EX)  # of workers that start at once, one names the disk
+            for left in root.glob(".id.*"):
+                left.unlink()
+            if not identity.exists():
+                write_atomic(identity, secrets.token_hex(16).encode())
+            return identity.read_text()
+        finally:
+            os.close(named)
     except OSError as error:
         raise Fatal(f"SCRATCH_ROOT {root} cannot be used: {error.strerror}") from None
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO, Literal, cast
 
-from lab_audio.contracts import SourceFile
+from lab_audio.contracts import MAX_INTEGER, SourceFile
 from lab_audio.errors import ConfigError, Fatal, LabAudioError, NotFound, Permanent, Retryable
 from lab_audio.log import get_logger
 
@@ -40,7 +40,7 @@ _URL = re.compile(
 )
 _PLAIN_PATH = re.compile(r"[^\s\"'%$~\\]+")
 _RECORD = re.compile(
-    rb"([0-9]{1,18}) (-?[0-9]{1,11}\.[0-9]{9})[0-9]* (-?[0-9]{1,11}\.[0-9]{9})[0-9]* \./(.+)", re.DOTALL
+    rb"([0-9]{1,18}) (-?[0-9]{1,18}\.[0-9]{9})[0-9]* (-?[0-9]{1,18}\.[0-9]{9})[0-9]* \./(.+)", re.DOTALL
 )
 
 _CD = f'cd -- "$1" || exit {NO_DIRECTORY}; '
@@ -152,6 +152,9 @@ def settled(source: Source, settle_seconds: int) -> list[SourceFile]:
             if len(_encode(file.path)) > MAX_PATH_BYTES:
                 get_logger().warning("source_path_too_long", source=source.name, path=file.path, most=MAX_PATH_BYTES)
                 continue
+            if abs(file.mtime_ns) > MAX_INTEGER:
+                get_logger().warning("source_time_out_of_range", source=source.name, path=file.path)
+                continue
             if settle_seconds == 0 or max(file.mtime_ns, ctime_ns) <= youngest:
                 files.append(file)
         complaint = run.finish()
@@ -260,6 +263,12 @@ def apply_fate(source: Source, files: Iterable[SourceFile], fate: Literal["move"
     if complaint and len(numbers) < len(listed):
         get_logger().warning("source_fate_in_part", source=source.name, fate=fate, reason=complaint)
     return {listed[int(number)].path for number in numbers}
+
+
+def check_path(path: str) -> None:
+    """Raises Permanent for a path that no file of a source can have, or that is too long to be taken."""
+    if len(_encode(path)) > MAX_PATH_BYTES:
+        raise Permanent(f"{path[:100]!r}... is longer than {MAX_PATH_BYTES} bytes")
 
 
 def _encode(path: str) -> bytes:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import typer
 
+from lab_audio.contracts import is_utf8
 from lab_audio.workers.loop import exit_code
 
 app = typer.Typer(
@@ -30,7 +31,7 @@ def run(act: Callable[[], object]) -> None:
 
 def utf8(value: str | None) -> str | None:
     """Refuse a name that is not UTF-8, which no store takes."""
-    if value is not None and value.encode(errors="ignore").decode() != value:
+    if value is not None and not is_utf8(value):
         raise typer.BadParameter("it is not UTF-8")
     return value
 

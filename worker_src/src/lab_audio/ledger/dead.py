@@ -137,13 +137,9 @@ def retry(engine: Engine, batch_id: str, audio_ids: Collection[int] | None = Non
             ),
             {"id": batch_id, "audio_ids": list(audio_ids or ())},
         ).rowcount
-        if batch.state == "complete" and not dead and batch.broken:
-            raise Permanent(
-                f"{batch.flags}: trying again would find the same;"
-                f" see what is missing from batch {batch_id}, then drop it"
-            )
         if batch.state == "complete" and not dead:
-            raise Permanent(f"nothing in batch {batch_id} is dead")
+            again = f"; its archive would be as broken again ({batch.flags})" if batch.broken else ""
+            raise Permanent(f"no recording in batch {batch_id} is dead{again}")
         if batch.state != "uploaded":
             connection.execute(
                 text(

@@ -69,15 +69,15 @@ def begin(engine: Engine, audio_id: int, host: str, known: int) -> int | None:
         return attempts
 
 
-def hand_back(engine: Engine, audio_id: int, known: int, reason: str | None = None) -> None:
-    """Take an attempt back, to as many as were known before it; `reason`, if given, is what befell the worker."""
+def hand_back(engine: Engine, audio_id: int, host: str, known: int, reason: str | None = None) -> None:
+    """Take this host's attempt back, to as many as were known before it; `reason`: what befell the worker, if given."""
     with transaction(engine) as connection:
         connection.execute(
             text(
                 "UPDATE audio_files SET attempts = :known, reason = coalesce(:reason, reason)"
-                " WHERE audio_id = :id AND state = 'pending' AND attempts = :known + 1"
+                " WHERE audio_id = :id AND state = 'pending' AND attempts = :known + 1 AND host = :host"
             ),
-            {"id": audio_id, "known": known, "reason": reason},
+            {"id": audio_id, "host": host, "known": known, "reason": reason},
         )
 
 

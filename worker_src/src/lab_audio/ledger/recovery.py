@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePosixPath
@@ -79,13 +80,14 @@ def keyless_batches(engine: Engine, batch_ids: Collection[str]) -> list[str]:
 
 
 def entered_dates(engine: Engine) -> list[str]:
-    """The dates (YYYY-MM-DD) from the first to the last on which recordings were entered."""
+    """The dates (YYYY-MM-DD) on which recordings were entered, at the cost of a look into the index for each."""
     with transaction(engine) as connection:
         return list(
             connection.execute(
                 text(
-                    "SELECT d::date::text FROM (SELECT min(date) AS a, max(date) AS z FROM audio_files) AS span,"
-                    " generate_series(a, z, interval '1 day') AS d"
+                    "WITH RECURSIVE day (date) AS (SELECT min(date) FROM audio_files UNION ALL"
+                    " SELECT (SELECT min(a.date) FROM audio_files a WHERE a.date > day.date) FROM day"
+                    " WHERE day.date IS NOT NULL) SELECT date::text FROM day WHERE date IS NOT NULL"
                 )
             ).scalars()
         )
@@ -148,13 +150,17 @@ def spare_ids(engine: Engine, highest: int) -> int:
 
 
 def archived_batches(engine: Engine) -> list[str]:
-    """Batches, not failed, whose archive should be in the store, or has been: of minted ones those with recordings."""
+    """Batches whose archive should be in the store, or has been: of minted ones those with recordings, of failed ones
+    those with recordings that wait.
+    """
     with transaction(engine) as connection:
         return list(
             connection.execute(
                 text(
-                    "SELECT batch_id FROM batches b WHERE archive_gone_at IS NULL AND state <> 'failed'"
-                    " AND (state <> 'minted' OR EXISTS (SELECT FROM audio_files a WHERE a.batch_id = b.batch_id))"
+                    "SELECT batch_id FROM batches b WHERE archive_gone_at IS NULL"
+                    " AND (state NOT IN ('minted', 'failed') OR EXISTS"
+                    " (SELECT FROM audio_files a WHERE a.batch_id = b.batch_id"
+                    " AND (b.state = 'minted' OR a.state = 'pending'))) ORDER BY batch_id"
                 )
             ).scalars()
         )
@@ -207,18 +213,29 @@ def unknown_sources(engine: Engine, batch_ids: Collection[str]) -> list[str]:
 
 
 def adopt_archive(
-    engine: Engine, batch_id: str, job: str, archive: Archive, source: str | None, files: Sequence[SourceFile]
+    engine: Engine,
+    batch_id: str,
+    job: str,
+    archive: Archive,
+    source: str | None,
+    files: Sequence[SourceFile],
+    damage: str | None,
+    *,
+    dry_run: bool,
 ) -> bool:
     """Enter a batch that the ledger has forgotten, with the source files that are in its archive. One that is known
     gets its source, if that was unknown. False if nothing is new.
 
     A file that the ledger still gives to a batch that was only minted is in this one since: it is struck there.
+    With `damage` the batch is entered as failed, for this reason.
     """
-    with transaction(engine) as connection:
+    with transaction(engine) as connection, _kept(connection, dry_run=dry_run):
         entered = connection.execute(
             text(
-                "INSERT INTO batches (batch_id, state, job, sha256, size, file_count, source, uploaded_at)"
-                " VALUES (:id, 'uploaded', :job, :sha256, :size, :count, :source, now())"
+                "INSERT INTO batches"
+                " (batch_id, state, job, sha256, size, file_count, source, uploaded_at, reason, failed_at)"
+                " VALUES (:id, CASE WHEN :damage IS NULL THEN 'uploaded' ELSE 'failed' END, :job, :sha256, :size,"
+                " :count, :source, now(), :damage, CASE WHEN :damage IS NULL THEN NULL ELSE now() END)"
                 " ON CONFLICT (batch_id) DO UPDATE SET source = excluded.source"
                 " WHERE batches.source IS NULL AND excluded.source IS NOT NULL"
             ),
@@ -229,6 +246,7 @@ def adopt_archive(
                 "size": archive.size,
                 "count": archive.file_count,
                 "source": source,
+                "damage": damage,
             },
         ).rowcount
         if not entered or source is None:
@@ -262,11 +280,21 @@ def adopt_archive(
         return True
 
 
-def adopt_recording(engine: Engine, audio_id: int, date: str, batch_id: str, member: str, item: str, job: str) -> bool:
+@contextmanager
+def _kept(connection: Connection, *, dry_run: bool) -> Iterator[None]:
+    """What happens in this block is kept; in a dry run it is undone."""
+    savepoint = connection.begin_nested()
+    yield
+    savepoint.rollback() if dry_run else savepoint.commit()
+
+
+def adopt_recording(
+    engine: Engine, audio_id: int, date: str, batch_id: str, member: str, item: str, job: str, *, dry_run: bool
+) -> bool:
     """Enter a recording whose object the ledger knows nothing of, or believes dead, as pending; its batch is unpacked
     anew. A batch that is unknown has no archive any more. False if another recording has this place already.
     """
-    with transaction(engine) as connection:
+    with transaction(engine) as connection, _kept(connection, dry_run=dry_run):
         connection.execute(
             text(
                 "INSERT INTO batches (batch_id, state, job, uploaded_at, archive_gone_at)"
@@ -309,14 +337,17 @@ def adopt_recording(engine: Engine, audio_id: int, date: str, batch_id: str, mem
 
 
 def note_archive_gone(engine: Engine, batch_id: str, job: str) -> None:
-    """Note that a batch's archive is not in the store; one that was only minted has been through all the same."""
+    """Note that a batch's archive is not in the store; one that was only minted has been through all the same, and one
+    that failed is unpacked from what is kept of it.
+    """
     with transaction(engine) as connection:
         _lock(connection, batch_id)
         connection.execute(
             text(
                 "UPDATE batches SET archive_gone_at = coalesce(archive_gone_at, now()), job = coalesce(job, :job),"
-                " uploaded_at = coalesce(uploaded_at, now()),"
-                " state = CASE state WHEN 'minted' THEN 'uploaded' ELSE state END WHERE batch_id = :id"
+                " uploaded_at = coalesce(uploaded_at, now()), reason = NULL, failed_at = NULL,"
+                " attempts = CASE state WHEN 'failed' THEN 0 ELSE attempts END,"
+                " state = CASE WHEN state IN ('minted', 'failed') THEN 'uploaded' ELSE state END WHERE batch_id = :id"
             ),
             {"id": batch_id, "job": job},
         )

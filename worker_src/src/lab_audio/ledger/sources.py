@@ -139,11 +139,11 @@ def unfinished_mints(engine: Engine, source: str) -> list[Mint]:
 
 
 def record_upload(
-    engine: Engine, batch_id: str, job: str | None, archive: Archive, struck: Mapping[SourceFile, str]
+    engine: Engine, batch_id: str, job: str | None, archive: Archive, struck: Mapping[SourceFile, str], reason: str
 ) -> bool:
     """Record that a minted batch's archive is in the store, verified, and which files it was made without, and why.
 
-    With `job` None nothing was left to upload: the batch is failed. False if it was recorded before.
+    With `job` None there is no such archive: the batch is failed, for this reason. False if it was recorded before.
     """
     with transaction(engine) as connection:
         state = connection.execute(
@@ -167,11 +167,8 @@ def record_upload(
             )
         if job is None:
             connection.execute(
-                text(
-                    "UPDATE batches SET state = 'failed', failed_at = now(),"
-                    " reason = 'all its source files vanished or changed before upload' WHERE batch_id = :id"
-                ),
-                {"id": batch_id},
+                text("UPDATE batches SET state = 'failed', failed_at = now(), reason = :reason WHERE batch_id = :id"),
+                {"id": batch_id, "reason": reason},
             )
         else:
             connection.execute(

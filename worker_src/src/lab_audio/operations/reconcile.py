@@ -11,18 +11,19 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, cast
 
 from redis import Redis
 from sqlalchemy import Engine
 
 from lab_audio import ledger, queues, s3_utils
 from lab_audio.contracts import UNPACK, SourceFile, new_unpack_job
-from lab_audio.errors import NotFound
+from lab_audio.errors import NotFound, Permanent
 from lab_audio.ledger import Archive, recovery
 from lab_audio.log import get_logger
 from lab_audio.media import archive as tar
 from lab_audio.s3_utils import ArchiveInfo, Bucket
+from lab_audio.source import check_path
 from lab_audio.workers.host import delete_dead_object, lose_host
 from lab_audio.workers.unpack_worker import transcribe_jobs
 
@@ -93,36 +94,36 @@ def adopt_archives(stores: Stores, report: Report, *, dry_run: bool) -> None:
     for batch_ids in pages(s3_utils.archives(stores.bucket)):
         known = recovery.batch_states(stores.engine, batch_ids)
         for batch_id in batch_ids:
-            if batch_id not in known and adopt_archive(stores, batch_id, dry_run=dry_run) is not None:
+            if batch_id not in known and adopt_archive(stores, batch_id, dry_run=dry_run):
                 report.adopted_archives.append(batch_id)
 
 
-def adopt_archive(stores: Stores, batch_id: str, *, dry_run: bool) -> Literal["whole", "broken"] | None:
+def adopt_archive(stores: Stores, batch_id: str, *, dry_run: bool) -> bool:
     """Enter an archive; one of a transfer worker, which the ledger can only have forgotten, with its source files.
 
-    Tells whether these are all that it was made of. None if there is nothing to enter: it has gone, or its source is
-    known.
+    A transfer worker's is read back whole, but not in a dry run. If it is not what was uploaded, its batch has failed,
+    whatever somebody reads later, and its source files are taken anew. False if there is nothing to enter: it has gone,
+    or its source is known.
     """
     try:
         info = s3_utils.head_archive(batch_id, bucket=stores.bucket)
+        source, files, damage = info.source, [], None
+        if source is not None and not dry_run:
+            files = source_files(stores, info)
     except NotFound:
-        return None
-    files = None if info.source is None else read_back(stores, info)
-    source = None if files is None else info.source
-    whole = not files or info.source_file is not None or len(files) >= (info.file_count or 0)
-    if dry_run:
-        entered = source is not None or ledger.find_batch(stores.engine, batch_id) is None
-    else:
-        job = new_unpack_job(batch_id, info.file_count or 0)
-        archive = Archive(info.sha256, info.size, info.file_count)
-        entered = recovery.adopt_archive(stores.engine, batch_id, job, archive, source, files or [])
-    return ("whole" if whole else "broken") if entered else None
+        return False
+    except Permanent as error:
+        source, damage = None, f"{error}; source files that are still there are taken anew"
+        get_logger().error("archive is damaged", key=info.key, reason=str(error))
+    job = new_unpack_job(batch_id, info.file_count or 0)
+    archive = Archive(info.sha256, info.size, info.file_count)
+    return recovery.adopt_archive(stores.engine, batch_id, job, archive, source, files, damage, dry_run=dry_run)
 
 
-def read_back(stores: Stores, info: ArchiveInfo) -> list[SourceFile] | None:
+def source_files(stores: Stores, info: ArchiveInfo) -> list[SourceFile]:
     """The source files that an archive was made of; those before the damage where it is a broken tar.
 
-    None if its bytes are not those that were uploaded: then its source files must not meet their fate.
+    Raises Permanent if its bytes are not those that were uploaded, or its headers not of a transfer worker; NotFound.
     """
     files: list[SourceFile] = []
     with s3_utils.open_archive(info, bucket=stores.bucket) as stream:
@@ -133,9 +134,11 @@ def read_back(stores: Stores, info: ArchiveInfo) -> list[SourceFile] | None:
             get_logger().warning("archive is broken", key=info.key, reason=str(error))
         stream.drain()
         if stream.sha256() != info.sha256:
-            get_logger().error("archive is damaged: its source files are taken anew", key=info.key)
-            return None
-    return files if info.source_file is None else [info.source_file]
+            raise Permanent(f"the archive's SHA-256 is {stream.sha256()}, uploaded was {info.sha256 or 'not said'}")
+    files = files if info.source_file is None else [info.source_file]
+    for file in files:
+        check_path(file.path)
+    return files
 
 
 def push_jobs(stores: Stores, report: Report, *, dry_run: bool) -> None:

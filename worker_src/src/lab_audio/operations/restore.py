@@ -30,8 +30,8 @@ class RestoreReport:
     """What was done, or in a dry run would be. `unclear_objects`: no metadata of ours, or another row has their place.
 
     `batches_without_archive`: what is left of them is their objects. If their source files were kept, these come a
-    second time unless they are moved away. `broken_archives`: not all source files are known. Both as they stand now,
-    also where an earlier run was cut short.
+    second time unless they are moved away. `broken_archives`: not all source files are known; a dry run reads none.
+    Both as they stand now, also where an earlier run was cut short.
     """
 
     returned_batches: list[str] = field(default_factory=list)
@@ -66,41 +66,51 @@ def restore(stores: Stores, *, dry_run: bool = False) -> RestoreReport:
         archives.adopt(page)
     reopened = adopt_objects(stores, new, archives, report, dry_run=dry_run)
     for batch_id in recovery.archived_batches(stores.engine):
-        if not archives.there(batch_id) and not dry_run:
+        if archives.there(batch_id) or (is_failed(stores, batch_id) and not anything_kept(stores, batch_id)):
+            continue
+        if not dry_run:
             recovery.note_archive_gone(stores.engine, batch_id, new_unpack_job(batch_id, 0))
-    report.batches_without_archive += recovery.open_without_archive(stores.engine, archives.gone, reopened)
-    report.broken_archives = sorted({*report.broken_archives, *recovery.without_all_sources(stores.engine)})
+    report.batches_without_archive += recovery.open_without_archive(stores.engine, archives.gone(), reopened)
+    report.broken_archives += recovery.without_all_sources(stores.engine)
     return report
+
+
+def is_failed(stores: Stores, batch_id: str) -> bool:
+    batch = ledger.find_batch(stores.engine, batch_id)
+    return batch is not None and batch.state == "failed"
+
+
+def anything_kept(stores: Stores, batch_id: str) -> bool:
+    """Whether the store has the Opus of a recording of this batch that waits for its result."""
+    items = ledger.kept_items(stores.engine, batch_id)
+    return any(s3_utils.stored_at(stores.bucket, key) is not None for _item, key in items)
 
 
 @dataclass
 class Archives:
-    """Which archives are in the store. A listing may lag behind: of one that it lacks, the object itself decides."""
+    """Which archives are in the store. A listing may lag behind either way, so each is asked for itself, once."""
 
     stores: Stores
     report: RestoreReport
     dry_run: bool
-    found: set[str] = field(default_factory=set)
-    gone: set[str] = field(default_factory=set)
+    asked: dict[str, bool] = field(default_factory=dict)
 
     def adopt(self, batch_ids: list[str]) -> None:
         """Enter those of these archives that the ledger does not know, or of which it knows no source."""
-        self.found.update(batch_ids)
         for batch_id in recovery.unknown_sources(self.stores.engine, batch_ids):
-            adopted = adopt_archive(self.stores, batch_id, dry_run=self.dry_run)
-            if adopted is not None:
+            if adopt_archive(self.stores, batch_id, dry_run=self.dry_run):
                 self.report.adopted_archives.append(batch_id)
-            if adopted == "broken":
-                self.report.broken_archives.append(batch_id)
 
     def there(self, batch_id: str) -> bool:
         """Whether an archive is in the store; one that was not listed is adopted now."""
-        if batch_id not in self.found and batch_id not in self.gone:
-            if s3_utils.stored_at(self.stores.bucket, archive_key(batch_id)) is None:
-                self.gone.add(batch_id)
-            else:
+        if batch_id not in self.asked:
+            self.asked[batch_id] = s3_utils.stored_at(self.stores.bucket, archive_key(batch_id)) is not None
+            if self.asked[batch_id] and batch_id not in self.report.adopted_archives:
                 self.adopt([batch_id])
-        return batch_id in self.found
+        return self.asked[batch_id]
+
+    def gone(self) -> set[str]:
+        return {batch_id for batch_id, there in self.asked.items() if not there}
 
 
 def new_objects(stores: Stores) -> tuple[dict[int, tuple[str, str]], int]:
@@ -144,13 +154,9 @@ def adopt_objects(
                 if archived and batch_id not in members:
                     members[batch_id] = member_names(stores, batch_id)
                 member = members.get(batch_id, {}).get(item, f"{member}... {item}")
-            if dry_run:
-                row = ledger.find_item(stores.engine, batch_id, item)
-                adopted = row is None or (row.audio_id, row.state) == (audio_id, "dead")
-            else:
-                adopted = recovery.adopt_recording(
-                    stores.engine, audio_id, date, batch_id, member, item, new_unpack_job(batch_id, 0)
-                )
+            adopted = recovery.adopt_recording(
+                stores.engine, audio_id, date, batch_id, member, item, new_unpack_job(batch_id, 0), dry_run=dry_run
+            )
             (report.adopted_objects if adopted else report.unclear_objects).append(key)
             if adopted:
                 reopened.add(batch_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from lab_audio.config import QueueSettings
+from lab_audio.config import HOST_NAME, QueueSettings
 from lab_audio.contracts import (
     BATCH_ID,
     DEAD,
@@ -191,11 +192,11 @@ def forget_host(client: redis.Redis, host: str) -> None:
 
 
 def named_hosts(client: redis.Redis) -> set[str]:
-    """Hosts that have a list."""
+    """Hosts that have a list; a name that no host can have is passed over."""
     with _translated(client):
         names = [str(name) for name in client.scan_iter(match=f"{TRANSCRIBE}:*", count=1000)]
         names += [str(name) for name in client.scan_iter(match="processing:*", count=1000)]
-    return {name.split(":")[1] for name in names}
+    return {host for host in (name.split(":")[1] for name in names) if re.fullmatch(HOST_NAME, host)}
 
 
 def named_batches(client: redis.Redis) -> set[str]:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
@@ -91,12 +91,18 @@ class Work:
         """Whether something went wrong before, in it or while it was in hand."""
         return self.item.attempts > 0 or self.item.reason is not None
 
+    def is_kept(self) -> bool:
+        """Whether its result lies on scratch, where the next process finds it."""
+        try:
+            return self.result_path.exists()
+        except OSError:
+            return False
+
     def went_wrong(self, error: Exception) -> None:
         """Note what failed, as text: the error itself would keep memory of the models from being used again."""
-        ours = isinstance(error, Permanent)
-        self.refused = ours and not isinstance(error, transcode.Unfinished)
-        self.failure = plain(str(error) if ours else f"{type(error).__name__}: {error}")
-        if not ours:
+        self.refused = isinstance(error, Permanent)
+        self.failure = plain(str(error) if self.refused else f"{type(error).__name__}: {error}")
+        if not self.refused:
             log.get_logger().error("went wrong", audio_id=self.item.audio_id, exc_info=error)
 
 
@@ -131,7 +137,7 @@ class Slot:
 
     def run(self) -> None:
         try:
-            patiently(self.stop, note_deaths, self.host, self.inbox)
+            patiently(self.stop, note_deaths, self.host.engine, self.inbox)
             while not self.stop():
                 self._fill()
                 self._take_in_hand()
@@ -197,12 +203,20 @@ class Slot:
         return work if work.tried or self._decode(work) else None
 
     def _decode(self, work: Work) -> bool:
-        """Decode its Opus, or note what is wrong with it. False if it is not there: the job is gone from the slot."""
+        """Decode its Opus, or note what is wrong with it. False if it is not there: the job is gone from the slot.
+
+        Raises Fatal where that may be the host's fault. Then the recording is alone next time, and its attempt counts.
+        """
         try:
             work.samples = transcode.decode(work.opus, timeout=60 + (work.item.seconds or 0))
         except FileNotFoundError:
             self._give_up_scratch(work)
             return False
+        except transcode.Unfinished as error:
+            if not work.begun:
+                note = f"{TURNED_SICK}: {error}"
+                patiently(self.stop, ledger.note_error, self.host.engine, work.item.audio_id, note)
+            raise Fatal(f"{error}: {work.opus}; is this host short of memory, or its disk slow?") from error
         except OSError as error:
             raise Fatal(f"SCRATCH_ROOT {self.host.scratch}: {error}") from error
         except Fatal:
@@ -213,8 +227,9 @@ class Slot:
 
     def _give_up_scratch(self, work: Work) -> None:
         """Return the batch of a recording whose Opus is missing; that is no attempt of its own."""
-        if work.begun:
-            patiently(self.stop, ledger.hand_back, self.host.engine, work.item.audio_id, work.item.attempts)
+        known = work.item.attempts if work.begun else work.item.attempts - 1  # an earlier process had begun it
+        if work.begun or work.result:
+            patiently(self.stop, ledger.hand_back, self.host.engine, work.item.audio_id, self.host.name, known)
         patiently(self.stop, return_batch, self.host, work.item.batch_id)
         patiently(self.stop, drop_stale, self.host, self.inbox, work.job, work.item.batch_id)
 
@@ -247,9 +262,10 @@ class Slot:
         """
         if self.hand and self.hand[0].tried:
             self._reap(0)
+            wait([future for _job, future in self.ahead])
         self.hand = [work for work in self.hand if self._begin(work)]
-        self.hand = [work for work in self.hand if work.samples is not None or self._decode(work)]
         with self._noting_sickness():
+            self.hand = [work for work in self.hand if work.samples is not None or self._decode(work)]
             self._ask_models()
         self.suspects.extend(work for work in self.hand if work.failure)
         self.hand = [work for work in self.hand if not work.failure]
@@ -422,7 +438,7 @@ class Slot:
         prepared = [
             job for job, future in self.ahead if future.cancelled() or future.exception() or future.result() is not None
         ]
-        self._hand_back([*left, *(work for work in unsent if not work.result_path.exists())])
+        self._hand_back([*left, *(work for work in unsent if not work.is_kept())])
         try:
             for job in reversed([*(work.job for work in (*unsent, *left)), *prepared]):
                 self.inbox.move(job, self.inbox.source, "head")
@@ -438,24 +454,25 @@ class Slot:
         If the worker turns sick over it again, then it may be the recording that does it: that attempt stays counted.
         """
         begun = [work for work in left if work.begun]
-        first = next((work for work in begun if work.failure), begun[0] if begun else None)
+        suspects = [work for work in begun if work.result is None]
+        first = next((work for work in suspects if work.failure), suspects[0] if suspects else None)
         until = time.monotonic() + HAND_BACK_SECONDS
         for work in begun:
             note = plain(f"{TURNED_SICK}: {self.sickness}") if self.sickness and work is first else None
             again = note is not None and (work.item.reason or "").startswith(TURNED_SICK)
-            if not again:
-                self._take_back(work, note, until)
+            if not again and not self._take_back(work, note, until):
+                log.get_logger().warning("attempts stay counted: the ledger is away")
+                return
 
-    def _take_back(self, work: Work, note: str | None, until: float) -> None:
+    def _take_back(self, work: Work, note: str | None, until: float) -> bool:
         """Take one attempt back; a ledger that is away is waited for, but not for long."""
         while True:
             try:
-                ledger.hand_back(self.host.engine, work.item.audio_id, work.item.attempts, note)
-                return
-            except Retryable as error:
+                ledger.hand_back(self.host.engine, work.item.audio_id, self.host.name, work.item.attempts, note)
+                return True
+            except Retryable:
                 if time.monotonic() > until:
-                    log.get_logger().warning("an attempt stays counted", error=str(error))
-                    return
+                    return False
                 time.sleep(HAND_BACK_PAUSE)
 
 

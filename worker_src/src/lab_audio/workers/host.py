@@ -56,17 +56,19 @@ def open_host(settings: UnpackSettings | GpuSettings, stop: Stop) -> Host:
         settings.archive_after_batch,
     )
     patiently(stop, ledger.check_migrated, host.engine)
-    patiently(stop, enter, host, scratch.prepare(host.scratch))
+    for batch_id in patiently(stop, enter, host, scratch.prepare(host.scratch)):
+        patiently(stop, queue_waiting, host.engine, host.client, batch_id)
     return host
 
 
-def enter(host: Host, disk: str) -> None:
-    """Enter this host in the ledger; if its disk was replaced, what lay on the old one is lost."""
+def enter(host: Host, disk: str) -> list[str]:
+    """Enter this host in the ledger. If its disk was replaced, what lay on the old one is lost: returns the batches
+    that are to be unpacked anew.
+    """
     with ledger.registering(host.engine, host.name, disk, host.scratch) as lost:
         if lost is not None:
-            forget(host.client, host.name, lost)
-    for batch_id in lost.reopened if lost else ():
-        queue_waiting(host.engine, host.client, batch_id)
+            forget(host.engine, host.client, host.name, lost)
+    return lost.reopened if lost else []
 
 
 def lose_host(engine: Engine, client: Redis, host: str, *, unless_seen: bool = False) -> list[str] | None:
@@ -75,14 +77,16 @@ def lose_host(engine: Engine, client: Redis, host: str, *, unless_seen: bool = F
     """
     with ledger.losing(engine, host, unless_seen=unless_seen) as lost:
         if lost is not None:
-            forget(client, host, lost)
+            forget(engine, client, host, lost)
     return lost.reopened if lost else None
 
 
-def forget(client: Redis, host: str, lost: ledger.Lost) -> None:
+def forget(engine: Engine, client: Redis, host: str, lost: ledger.Lost) -> None:
     """Have Redis forget a lost host, within the ledger's transaction: whoever takes or publishes one of its batches
     waits until it is over.
     """
+    for number in queues.leftover_slots(client, host, "gpu"):
+        note_deaths(engine, queues.Inbox(client, transcribe_list(host), processing_list(host, "gpu", number)))
     queues.forget_host(client, host)
     for batch_id in (*lost.reopened, *lost.ended):
         queues.forget_batch(client, batch_id)
@@ -133,14 +137,14 @@ def return_leftovers(host: Host, kind: str) -> None:
         try:
             if kind == "gpu":
                 own = processing_list(host.name, kind, number)
-                note_deaths(host, queues.Inbox(host.client, host.list_of(kind), own))
+                note_deaths(host.engine, queues.Inbox(host.client, host.list_of(kind), own))
             count = queues.put_back(host.client, host.name, kind, number, host.list_of(kind))
         finally:
             slot.release()
         get_logger().info("returned the jobs of a dead slot", kind=kind, slot=number, jobs=count)
 
 
-def note_deaths(host: Host, inbox: queues.Inbox) -> None:
+def note_deaths(engine: Engine, inbox: queues.Inbox) -> None:
     """Note of each recording that a GPU process had in hand as it died that it may have been the cause: such a one is
     prepared alone next time, after its attempt was counted.
     """
@@ -150,7 +154,7 @@ def note_deaths(host: Host, inbox: queues.Inbox) -> None:
             wanted = parse_transcribe_job(job)
             items.append((wanted.batch_id, wanted.item))
     if items:
-        ledger.note_deaths(host.engine, items)
+        ledger.note_deaths(engine, items)
 
 
 def tidy(host: Host) -> None:

@@ -25,7 +25,7 @@ from lab_audio.errors import ConfigError, Fatal, NotFound, Permanent
 from lab_audio.ledger import Archive, Mint
 from lab_audio.log import get_logger
 from lab_audio.media import archive as tar
-from lab_audio.s3_utils import Bucket
+from lab_audio.s3_utils import ArchiveInfo, Bucket
 from lab_audio.workers.loop import Stop, Stopped, patiently
 
 LOCK_SECONDS = 5.0
@@ -133,10 +133,14 @@ def finish_mint(transfer: Transfer, minted: Mint, stop: Stop) -> None:
     log = get_logger().bind(batch_id=minted.batch_id)
     log.info("batch minted", files=len(minted.files), bytes=sum(file.size for file in minted.files))
     path = transfer.tmp / f"{minted.batch_id}.tar"
+    archive: Archive | None
     try:
         archive, struck = patiently(stop, stored_archive, transfer, minted) or patiently(
             stop, store_archive, transfer, minted, path
         )
+        reason = "all its source files vanished or changed before upload"
+    except Permanent as error:
+        archive, struck, reason = None, {}, str(error)
     finally:
         path.unlink(missing_ok=True)
     job = None if archive is None else new_unpack_job(minted.batch_id, archive.file_count or 0)
@@ -148,10 +152,13 @@ def finish_mint(transfer: Transfer, minted: Mint, stop: Stop) -> None:
         job,
         archive or Archive(None, None, None),
         struck,
+        reason,
     )
-    for file, reason in struck.items():
-        log.warning("source file left out", path=file.path, reason=reason)
-    if job is not None:
+    for file, why in struck.items():
+        log.warning("source file left out", path=file.path, reason=why)
+    if job is None:
+        log.error("batch failed", reason=reason)
+    else:
         patiently(stop, queues.push, transfer.client, UNPACK, job)
         log.info("batch uploaded", files=len(minted.files) - len(struck))
 
@@ -159,18 +166,31 @@ def finish_mint(transfer: Transfer, minted: Mint, stop: Stop) -> None:
 def stored_archive(transfer: Transfer, minted: Mint) -> tuple[Archive | None, dict[SourceFile, str]] | None:
     """An archive that an earlier run stored for this batch and never recorded, read back whole; None if there is none.
 
-    It is taken as it is: what the source holds now may be something else. A damaged one is deleted.
+    It is taken as it is: what the source holds now may be something else. A damaged one is deleted, if it can be built
+    again; else it may be all that is left, and Permanent is raised.
     """
     try:
         info = s3_utils.head_archive(minted.batch_id, bucket=transfer.bucket)
+        sha256, count, found = read_back(transfer, minted, info)
     except NotFound:
         return None
-    as_it_is = is_archive(minted)
+    if info.sha256 != sha256:
+        now = source.stat(transfer.source, [file.path for file in minted.files])
+        if any(now.get(file.path) != file for file in minted.files):
+            raise Permanent(f"the archive's SHA-256 is {sha256}, uploaded was {info.sha256 or 'not said'}")
+        s3_utils.delete_archive(info.key, bucket=transfer.bucket)
+        return None
+    struck = {file: "not in the stored archive" for file in minted.files if file not in found}
+    return Archive(sha256, info.size, count), struck
+
+
+def read_back(transfer: Transfer, minted: Mint, info: ArchiveInfo) -> tuple[str, int, set[SourceFile]]:
+    """SHA-256 of a stored archive, how many recordings it holds, and which of the minted files are in it."""
     with s3_utils.open_archive(info, bucket=transfer.bucket) as stream:
         content = cast(BinaryIO, stream)
         count, found = 0, set(minted.files)
         try:
-            if as_it_is:
+            if is_archive(minted):
                 count = len([member.name for member in tar.read(content)])
             else:
                 found = set(tar.sources(content))
@@ -178,12 +198,7 @@ def stored_archive(transfer: Transfer, minted: Mint) -> tuple[Archive | None, di
         except tar.ArchiveBroken as error:
             get_logger().warning("stored archive is broken", batch_id=minted.batch_id, reason=str(error))
         stream.drain()
-        sha256 = stream.sha256()
-    if info.sha256 != sha256:
-        s3_utils.delete_archive(info.key, bucket=transfer.bucket)
-        return None
-    struck = {file: "not in the stored archive" for file in minted.files if file not in found}
-    return Archive(sha256, info.size, count), struck
+        return stream.sha256(), count, found
 
 
 def is_archive(minted: Mint) -> bool:

@@ -36,7 +36,7 @@ SPOOL_BYTES = 16 << 20
 PAUSE_SECONDS = 2
 MAX_ATTEMPTS = 5
 MAX_NAME_BYTES = 2000  # what PostgreSQL can index
-FFMPEG_TRIES = 3
+FFMPEG_PAUSES = (5, 30)  # seconds before it is tried once more, where it may have been the host's fault
 
 
 @dataclass(frozen=True)
@@ -311,15 +311,16 @@ def encode(row: NewItem, mp3: BinaryIO, folder: Path, bitrate: int) -> NewItem:
     """Encode one recording; one that cannot be is a row with the reason."""
     reason = ""
     with mp3:
-        for tries_left in reversed(range(FFMPEG_TRIES)):
+        for pause in (*FFMPEG_PAUSES, None):
             try:
                 target = folder / f"{row.item}.opus"
                 opus = transcode.encode(mp3, target, bitrate=bitrate, timeout=encode_seconds(mp3))
                 break
             except transcode.Unfinished as error:  # for want of memory or time, perhaps not its own
-                if tries_left:
+                if pause is not None:
+                    time.sleep(pause)
                     continue
-                reason = f"{error}, {FFMPEG_TRIES} times"
+                reason = f"{error}, {len(FFMPEG_PAUSES) + 1} times"
             except Permanent as error:
                 reason = str(error)
             canary.encode(folder)  # else ffmpeg is broken, not the recording

@@ -1,4 +1,4 @@
-"""`make test`: lint, ansible-test sanity, every tier of tests, and the chaos campaign, each with result and time.
+"""`make test`: lint, the collection's sanity, every tier of tests, and the chaos campaign, each with result and time.
 
 run.py [lint] [sanity] [TIER...] runs only those. REQUIRE_ALL=1: what cannot run here fails; else it is only said.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 CACHE = CHECKOUT / ".cache"
+COVERAGE = CACHE / "coverage"
 REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
 NO_TESTS = 5
 CAMPAIGN = "chaos"
@@ -36,6 +38,8 @@ TIERS = {
     "protocol": ("tests/worker/protocol", ["-n2", "--dist=worksteal"]),
     "end_to_end": ("tests/worker/end_to_end", []),
 }
+# Of the lines of the modules and module_utils, in percent.
+COVERED = 90
 CONFIG = "worker_src/pyproject.toml"
 LINT = {
     "ruff check": (".", ["ruff", "check", "--config", CONFIG, "worker_src", "plugins", "tests"]),
@@ -74,6 +78,8 @@ def main(wanted: list[str]) -> int:
         for name in TIERS:
             if not wanted or name in wanted:
                 outcomes[name] = tier(name)
+                if name == "modules":
+                    outcomes["coverage"] = coverage()
         if not wanted or CAMPAIGN in wanted:
             outcomes[CAMPAIGN] = campaign()
     except KeyboardInterrupt:
@@ -96,7 +102,11 @@ def tier(name: str) -> Outcome:
     results = CACHE / "results" / f"{name}.xml"
     results.unlink(missing_ok=True)
     where, shared = TIERS[name]
-    code = run([sys.executable, "-m", "pytest", "-q", where, f"--junitxml={results}", *shared], CHECKOUT)
+    measured = {"COVERAGE_FILE": str(COVERAGE / "run")} if name == "modules" else None
+    if measured:
+        shutil.rmtree(COVERAGE, ignore_errors=True)
+        COVERAGE.mkdir(parents=True)
+    code = run([sys.executable, "-m", "pytest", "-q", where, f"--junitxml={results}", *shared], CHECKOUT, measured)
     left = end_leftovers(LEAVE_SECONDS)
     outcome = Outcome(code == 0, time.monotonic() - began, skipped=skips(results))
     if code == NO_TESTS:
@@ -117,10 +127,22 @@ def campaign() -> Outcome:
     return Outcome(code == 0 and not left, time.monotonic() - began, f"left running: {'; '.join(left)}" if left else "")
 
 
-def run(command: list[str], directory: Path) -> int:
+def coverage() -> Outcome:
+    """How much of the modules their tests have run; what was killed could not say."""
+    began = time.monotonic()
+    data = f"--data-file={COVERAGE / 'run'}"
+    program = [sys.executable, "-m", "coverage"]
+    code = run([*program, "combine", "-q", data, str(COVERAGE)], CHECKOUT)
+    only = "--include=*/plugins/modules/*,*/plugins/module_utils/*"
+    code = code or run([*program, "report", data, only, f"--fail-under={COVERED}", "--skip-empty"], CHECKOUT)
+    return Outcome(code == 0, time.monotonic() - began)
+
+
+def run(command: list[str], directory: Path, more: dict[str, str] | None = None) -> int:
     """Run a command to its end; it is killed with us."""
     env = {
         **os.environ,
+        **(more or {}),
         "XDG_CACHE_HOME": str(CACHE),
         "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "torchinductor"),
         "MPLCONFIGDIR": str(CACHE / "matplotlib"),

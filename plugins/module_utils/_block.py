@@ -16,6 +16,7 @@ import subprocess
 import typing as t
 from contextlib import suppress
 from pathlib import Path
+from uuid import UUID
 
 MIB = 1 << 20
 HEAD = 8 * MIB
@@ -279,6 +280,28 @@ def refuse_partitions(disk: Disk) -> None:
 
 def first_byte(disk: Disk) -> int | None:
     """Where the first byte that is not zero is, of the places where file systems and others keep what they need."""
+    for start, data in _read_places(disk):
+        if data.count(0) != len(data):
+            return start + next(i for i, byte in enumerate(data) if byte)
+    return None
+
+
+def other_superblock(disk: Disk, uuids: t.Container[str]) -> int | None:
+    """Where the copy of a superblock is whose UUID is none of these: of a file system that lost its first one."""
+    for start, data in _read_places(disk):
+        found = ""
+        if data[:4] == b"XFSB":
+            found = str(UUID(bytes=data[32:48]))
+        elif data[56:58] == b"\x53\xef":  # ext4
+            found = str(UUID(bytes=data[104:120]))
+        elif data[64:72] == b"_BHRfS_M":
+            found = "btrfs"
+        if found and found not in uuids:
+            return start
+    return None
+
+
+def _read_places(disk: Disk) -> t.Iterator[tuple[int, bytes]]:
     with open(disk.node, "rb", buffering=0) as file:
         for start, length in places(disk.size):
             try:
@@ -287,9 +310,7 @@ def first_byte(disk: Disk) -> int | None:
                 raise Refused(f"{disk.node} cannot be read at byte {start}: {error.strerror}") from error
             if len(data) != length:
                 raise Refused(f"{disk.node} cannot be read at byte {start}: {len(data)} of {length} bytes")
-            if data.count(0) != length:
-                return start + next(i for i, byte in enumerate(data) if byte)
-    return None
+            yield start, data
 
 
 def places(size: int) -> list[tuple[int, int]]:

@@ -131,7 +131,7 @@ notes:
   - Before a disk is formatted, a marker is written into its last MiB, which the new file system leaves free until it
     grows. The marker holds the UUID that the file system gets, and is erased when it is whole. A run that finds the
     marker of one that was killed finishes or repeats the formatting. It never repeats it once there is a file system
-    that was mounted, or that has another UUID.
+    that was mounted, or that has another UUID, or a copy of a superblock that has.
   - A run waits at most 120 seconds for another on the same host.
 requirements:
   - util-linux
@@ -225,6 +225,7 @@ from ansible_collections.lab.audio.plugins.module_utils._block import (
     find_disk,
     first_byte,
     mounts,
+    other_superblock,
     read_signatures,
     refuse_in_use,
     refuse_partitions,
@@ -295,13 +296,14 @@ def inspect(disk: Disk, fstype: str, wipe: str | None, mounted: bool) -> Content
     if marked and found.kinds == {fstype} and found.uuid == marked:
         return inspect_marked(disk, fstype, marked)
     if not found.kinds:
-        place = None if marked else first_byte(disk)
+        place = other_superblock(disk, {marked, wipe}) if marked else first_byte(disk)
         if place is None:
             return Content("", marked=marked)
         if wipe == UNSIGNED:
             return Content("", destroys=UNSIGNED)
+        seen = f"at byte {place} is the superblock of one" if marked else f"byte {place} is not zero"
         raise Refused(
-            f"{disk.node} has no signature, but byte {place} is not zero: perhaps a damaged file system. If its data"
+            f"{disk.node} has no signature, but {seen}: perhaps a damaged file system. If its data"
             f" may be destroyed, say wipe: {UNSIGNED}"
         )
     if len(found.kinds) > 1:

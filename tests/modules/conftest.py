@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
+PYTHON = os.environ.get("MODULE_PYTHON", sys.executable)  # of the host
 Run = Callable[..., dict[str, Any]]
 
 
 def command(name: str, arguments: Path) -> list[str]:
     """The command line of a module, which reads its arguments from a file; measured where coverage is asked for."""
-    measured = ["-m", "coverage", "run"] if os.environ.get("COVERAGE_FILE") else []
-    return [sys.executable, *measured, "-m", f"ansible_collections.lab.audio.plugins.modules.{name}", str(arguments)]
+    measured = ["-m", "coverage", "run", "--parallel-mode"] if os.environ.get("COVERAGE_FILE") else []
+    return [PYTHON, *measured, "-m", f"ansible_collections.lab.audio.plugins.modules.{name}", str(arguments)]
 
 
 def environment(**more: str) -> dict[str, str]:

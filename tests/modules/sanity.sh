@@ -1,23 +1,39 @@
 #!/usr/bin/env bash
-# ansible-test sanity on the collection as it is built and installed, with nothing ignored.
+# The collection as it is built and installed, with nothing ignored: ansible-test sanity, ansible-lint, antsibull-docs.
+# sanity.sh BIN PYTHON: only ansible-test, by the ansible-core of this directory and this version of Python.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-checkout=$PWD
+checkout=$PWD bin=${1:-$PWD/.venv/bin}
+python=${2:-$("$bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
 work=$(mktemp -d) # outside of any git checkout: there ansible-test looks at what git knows only
 trap 'rm -rf "$work"' EXIT
 # ansible-test keeps its environments in the home directory
-export HOME=$checkout/.cache/home PATH=$checkout/.venv/bin:$PATH LC_ALL=C.UTF-8 PIP_DISABLE_PIP_VERSION_CHECK=1
+export HOME=$checkout/.cache/home PATH=$bin:$PATH LC_ALL=C.UTF-8 PIP_DISABLE_PIP_VERSION_CHECK=1
 say_if_failed() { "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }; }
 
 mkdir -p "$HOME/.ansible/test/cache"
-for pip in 24_2 25_2; do cp tests/modules/get_pip.py "$HOME/.ansible/test/cache/get_pip_$pip.py"; done
+for pip in 24_0 24_2 25_2; do cp tests/modules/get_pip.py "$HOME/.ansible/test/cache/get_pip_$pip.py"; done
 cd "$work" # away from ansible.cfg, by which the checkout is installed already
 say_if_failed ansible-galaxy collection build --output-path "$work" "$checkout"
 say_if_failed ansible-galaxy collection install --offline -p "$work" "$work"/lab-audio-*.tar.gz
 cd ansible_collections/lab/audio
-ansible-test sanity --local --color no --python "$(python -c 'import sys; print("%d.%d" % sys.version_info[:2])')" >"$work/log" 2>&1 || {
+ansible-test sanity --local --color no --python "$python" >"$work/log" 2>&1 || {
     grep -E '^(ERROR|FATAL)' "$work/log" >&2 || tail -n 30 "$work/log" >&2
     exit 1
 }
 tests=$(grep -c '^Running sanity test' "$work/log") || { cat "$work/log" >&2; exit 1; }
 echo "$tests sanity tests, nothing ignored"
+[ $# = 0 ] || exit 0
+
+# In an environment of their own: they want other versions of what the tests have.
+lint=$checkout/.cache/lint lock=$checkout/tests/stack/locks/lint.txt
+if ! cmp -s "$lock" "$lint/lock"; then
+    say_if_failed python -m venv --clear "$lint"
+    say_if_failed "$lint/bin/pip" install --no-deps -r "$lock"
+    cp "$lock" "$lint/lock"
+fi
+export PATH=$lint/bin:$PATH
+say_if_failed ansible-lint --offline --nocolor --strict --profile production
+grep -h '^Passed' "$work/log" | sed 's/^/ansible-lint: /'
+say_if_failed antsibull-docs lint-collection-docs --plugin-docs .
+echo "antsibull-docs: passed"

@@ -16,7 +16,7 @@ import psycopg2
 import pytest
 import redis
 
-from conftest import CHECKOUT, Run, environment
+from conftest import CHECKOUT, PYTHON, Run, environment
 from processes import NotReady
 from stack import Stack
 
@@ -314,7 +314,7 @@ def test_through_ansible_itself(lab: Lab) -> None:
     env = environment(
         **lab.env,
         ANSIBLE_COLLECTIONS_PATH=str(CHECKOUT / "collections"),
-        ANSIBLE_PYTHON_INTERPRETER=sys.executable,
+        ANSIBLE_PYTHON_INTERPRETER=PYTHON,
         ANSIBLE_LOCALHOST_WARNING="False",
     )
     good = subprocess.run([*command, "--check", "--diff"], env=env, capture_output=True, text=True)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loops import MIB, Loop, do, loop, own_mounts
+from loops import MIB, Loop, do, instead_of, loop, own_mounts
 
-from conftest import CHECKOUT, Run, command, environment, write_arguments
+from conftest import CHECKOUT, PYTHON, Run, command, environment, write_arguments
 
 MODULE = "gpu_volume"
 KILLS = int(os.environ.get("KILLS", "20"))
@@ -276,6 +276,49 @@ def test_which_disk(predicted: Run, disk: Loop, place: Place, tmp_path: Path) ->
         by_id.rmdir()
 
 
+@pytest.mark.parametrize(
+    "name", [f"virtio-{VOLUME[:20]}", f"scsi-0QEMU_QEMU_HARDDISK_{VOLUME}", f"nvme-QEMU_NVMe_Ctrl_{VOLUME[:20]}"]
+)
+def test_a_volume_by_its_name_in_dev(predicted: Run, disk: Loop, place: Place, name: str) -> None:
+    with instead_of(Path("/dev/disk")) as names:
+        (names / "by-id").mkdir()
+        (names / "by-id" / name).symlink_to(disk.node)
+        (names / "by-id" / f"{name}-part1").symlink_to("/dev/null")
+        options = {**place.options(disk), "device": None, "volume_id": VOLUME}
+        assert predicted(MODULE, **options)["device"] == disk.node
+        other = VOLUME.replace("6", "7")
+        assert "no disk has it" in predicted(MODULE, **{**options, "volume_id": other})["msg"]
+
+
+@pytest.mark.parametrize(
+    ("file", "serial"),
+    [
+        ("serial", VOLUME[:20].encode()),  # virtio
+        ("device/serial", f"{VOLUME[:20]}\n".encode()),  # NVMe
+        ("device/vpd_pg80", b"\0\x80\0\x24" + VOLUME.encode()),  # SCSI
+        ("device/wwid", f"t10.QEMU    QEMU HARDDISK   {VOLUME}\n".encode()),
+    ],
+)
+def test_a_volume_by_its_serial(run: Run, disk: Loop, place: Place, file: str, serial: bytes) -> None:
+    """In check mode, as nothing can be mounted without the true names there."""
+    with instead_of(Path("/sys/block")) as disks:
+        seen = disks / Path(disk.node).name / file
+        seen.parent.mkdir(parents=True)
+        seen.write_bytes(serial)
+        options = {**place.options(disk), "device": None, "volume_id": VOLUME}
+        assert run(MODULE, check=True, **options)["device"] == disk.node
+        twin = disks / "sdx" / file
+        twin.parent.mkdir(parents=True)
+        twin.write_bytes(serial)
+        assert "name one of them in another way" in run(MODULE, check=True, **options)["msg"]
+
+
+def test_a_disk_that_others_are_made_of_is_refused(predicted: Run, disk: Loop, place: Place) -> None:
+    with instead_of(Path("/sys/block", Path(disk.node).name, "holders")) as holders:
+        (holders / "dm-7").mkdir()
+        assert "is held by dm-7" in predicted(MODULE, **place.options(disk))["msg"]
+
+
 def test_files_are_not_hidden_and_paths_are_plain(predicted: Run, disk: Loop, place: Place, tmp_path: Path) -> None:
     place.path.mkdir()
     (place.path / "file").write_text("x")
@@ -366,6 +409,28 @@ def test_a_damaged_file_system_that_was_in_use_is_not_formatted_again(
     assert disk.sha256() == before
 
 
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+def test_what_was_made_by_hand_after_a_killed_run_is_not_formatted(
+    run: Run, disk: Loop, place: Place, tmp_path: Path, fstype: str
+) -> None:
+    """The marker is there still, and the file system that came after it has lost its first superblock."""
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "mkfs.ext4"
+    fake.write_text("#!/bin/sh\nkill -9 $PPID\n")
+    fake.chmod(0o755)
+    arguments = write_arguments(tmp_path / "arguments.json", place.options(disk))
+    env = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    subprocess.run(command(MODULE, arguments), env=env, capture_output=True)
+    keep = {"ext4": ["-E", "nodiscard"], "xfs": ["-K"]}[fstype]  # as on a disk that cannot discard
+    do(f"mkfs.{fstype}", "-q", *keep, disk.node)
+    assert disk.get(SIZE - MIB, 4096).startswith(b"lab.audio.gpu_volume formats")
+    disk.put(0, bytes(MIB))
+    before = disk.sha256()
+    assert "is the superblock of one" in run(MODULE, **place.options(disk))["msg"]
+    assert disk.sha256() == before
+    assert run(MODULE, **place.options(disk, wipe="unsigned-data"))["changed"]
+
+
 def test_a_disk_that_is_gone(run: Run, place: Place, tmp_path: Path) -> None:
     with loop(tmp_path / "gone.img", SIZE) as disk:
         options = place.options(disk)
@@ -400,7 +465,7 @@ def test_killed_at_any_moment_the_next_run_ends_well(run: Run, place: Place, tmp
 def test_through_ansible_itself(disk: Loop, place: Place) -> None:
     options = json.dumps(place.options(disk), default=str)
     ansible = [sys.executable, "-m", "ansible", "adhoc", "localhost", "-c", "local", "-m", "lab.audio.gpu_volume"]
-    env = environment(ANSIBLE_COLLECTIONS_PATH=str(CHECKOUT / "collections"), ANSIBLE_PYTHON_INTERPRETER=sys.executable)
+    env = environment(ANSIBLE_COLLECTIONS_PATH=str(CHECKOUT / "collections"), ANSIBLE_PYTHON_INTERPRETER=PYTHON)
     for more, changed in ((["--check", "--diff"], "true"), (["--diff"], "true"), ([], "false")):
         done = subprocess.run([*ansible, "-a", options, *more], env=env, capture_output=True, text=True)
         assert done.returncode == 0 and f'"changed": {changed}' in done.stdout, done.stdout + done.stderr

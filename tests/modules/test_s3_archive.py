@@ -23,7 +23,7 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from conftest import CHECKOUT, Run, command, environment, write_arguments
+from conftest import CHECKOUT, PYTHON, Run, command, environment, write_arguments
 from processes import NotReady
 from proxy import Cut, Proxy
 from seaweedfs import SeaweedFS
@@ -434,7 +434,7 @@ def test_through_ansible_itself(bucket: Bucket, tmp_path: Path) -> None:
     options = {k: str(v) for k, v in bucket.options.items() if v is not None}
     options |= {"key": "a", "src": str(tmp_path / "a")}
     ansible = [sys.executable, "-m", "ansible", "adhoc", "localhost", "-c", "local", "-m", "lab.audio.s3_archive"]
-    env = environment(ANSIBLE_COLLECTIONS_PATH=str(CHECKOUT / "collections"), ANSIBLE_PYTHON_INTERPRETER=sys.executable)
+    env = environment(ANSIBLE_COLLECTIONS_PATH=str(CHECKOUT / "collections"), ANSIBLE_PYTHON_INTERPRETER=PYTHON)
     for more, changed in ((["--check", "--diff"], "true"), (["--diff"], "true"), ([], "false")):
         done = subprocess.run([*ansible, "-a", json.dumps(options), *more], env=env, capture_output=True, text=True)
         assert done.returncode == 0 and f'"changed": {changed}' in done.stdout, done.stdout + done.stderr

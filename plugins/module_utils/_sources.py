@@ -39,10 +39,11 @@ SSH_OPTIONS = (
 
 
 class Source(t.Protocol):
-    """`name`: as it was given. Its methods raise Refused or StoreError."""
+    """Where files come from. Its methods raise Refused or StoreError."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As it was given."""
 
     def files(self) -> dict[str, File]:
         """What there is, by path, without the SHA-256 of any."""
@@ -117,7 +118,8 @@ class Rsync(t.NamedTuple):
                 os._exit(1)
 
         command = [self.program, "--timeout=300", *(["--rsh", self.shell] if self.shell else []), *options]
-        done = subprocess.run(
+        # run_command leaves rsync behind when it is killed.
+        done = subprocess.run(  # pylint: disable=ansible-bad-function
             command,
             input=given,
             capture_output=True,

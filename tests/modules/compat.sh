@@ -4,10 +4,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 mkdir -p .cache/compat
-oldest=python3.9
-newer=$(for python in python3.12 python3.13; do command -v $python && break; done) || newer=
-command -v $oldest >/dev/null || { echo "make compat needs $oldest on PATH" >&2; exit 1; }
-[ -n "$newer" ] || { echo "make compat needs python3.12 or python3.13 on PATH" >&2; exit 1; }
+works() { "$1" -c "" 2>/dev/null; }
+oldest=python3.9 newer=python3.12
+works $newer || newer=python3.13
+for python in $oldest $newer; do
+    works $python || { echo "make compat needs python3.9, and python3.12 or python3.13, on PATH: $python does not run" >&2; exit 1; }
+done
 
 made() { # made NAME PYTHON REQUIREMENT... : an environment; made anew each time, as the newest of all is what is asked for
     "$2" -m venv --clear ".cache/compat/$1"

@@ -50,6 +50,8 @@ def run(tmp_path: Path) -> Run:
         assert "Traceback" not in done.stderr, done.stderr
         result: dict[str, Any] = json.loads(done.stdout)
         assert bool(result.get("failed")) == (done.returncode != 0)
+        if "required Python library" in result.get("msg", ""):
+            result.pop("exception", None)  # that of the import; newer ansible-cores keep it to themselves
         assert "Traceback" not in json.dumps(result), result
         return result
 

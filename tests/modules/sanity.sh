@@ -12,7 +12,7 @@ export HOME=$checkout/.cache/home PATH=$bin:$PATH LC_ALL=C.UTF-8 PIP_DISABLE_PIP
 say_if_failed() { "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }; }
 
 mkdir -p "$HOME/.ansible/test/cache"
-for pip in 24_0 24_2 25_2; do cp tests/modules/get_pip.py "$HOME/.ansible/test/cache/get_pip_$pip.py"; done
+for pip in 23_1_2 24_2 25_2 26_0; do cp tests/modules/get_pip.py "$HOME/.ansible/test/cache/get_pip_$pip.py"; done
 cd "$work" # away from ansible.cfg, by which the checkout is installed already
 say_if_failed ansible-galaxy collection build --output-path "$work" "$checkout"
 say_if_failed ansible-galaxy collection install --offline -p "$work" "$work"/lab-audio-*.tar.gz

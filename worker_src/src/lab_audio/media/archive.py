@@ -38,9 +38,10 @@ _NOT_A_FILE = {
 
 
 class Readable(Protocol):
-    """A stream of bytes; `read` gives none at the end."""
+    """A stream of bytes."""
 
-    def read(self, size: int = -1, /) -> bytes: ...
+    def read(self, size: int = -1, /) -> bytes:
+        """So many bytes or fewer; none at the end."""
 
 
 class ArchiveBroken(Permanent):

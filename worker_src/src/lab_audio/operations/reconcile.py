@@ -21,8 +21,7 @@ from lab_audio.contracts import UNPACK, SourceFile, new_unpack_job
 from lab_audio.errors import NotFound, Permanent
 from lab_audio.ledger import Archive, recovery
 from lab_audio.log import get_logger
-from lab_audio.media import reader
-from lab_audio.media.archive import ArchiveBroken
+from lab_audio.media import archive as tar
 from lab_audio.s3_utils import ArchiveInfo, Bucket
 from lab_audio.source import check_path
 from lab_audio.workers.host import delete_dead_object, lose_host
@@ -129,9 +128,9 @@ def source_files(stores: Stores, info: ArchiveInfo) -> list[SourceFile]:
     files: list[SourceFile] = []
     with s3_utils.open_archive(info, bucket=stores.bucket) as stream:
         try:
-            for file in reader.sources(cast(BinaryIO, stream), info.size):
+            for file in tar.sources(cast(BinaryIO, stream)):
                 files.append(file)
-        except ArchiveBroken as error:
+        except tar.ArchiveBroken as error:
             get_logger().warning("archive is broken", key=info.key, reason=str(error))
         stream.drain()
         if stream.sha256() != info.sha256:

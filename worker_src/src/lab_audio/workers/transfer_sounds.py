@@ -25,7 +25,6 @@ from lab_audio.errors import ConfigError, Fatal, NotFound, Permanent
 from lab_audio.ledger import Archive, Mint
 from lab_audio.log import get_logger
 from lab_audio.media import archive as tar
-from lab_audio.media import reader
 from lab_audio.s3_utils import ArchiveInfo, Bucket
 from lab_audio.workers.loop import Stop, Stopped, patiently
 
@@ -192,9 +191,9 @@ def read_back(transfer: Transfer, minted: Mint, info: ArchiveInfo) -> tuple[str,
         count, found = 0, set(minted.files)
         try:
             if is_archive(minted):
-                count = len([member.name for member in reader.read(content, info.size)])
+                count = len([member.name for member in tar.read(content)])
             else:
-                found = set(reader.sources(content, info.size))
+                found = set(tar.sources(content))
                 count = len(found)
         except tar.ArchiveBroken as error:
             get_logger().warning("stored archive is broken", batch_id=minted.batch_id, reason=str(error))
@@ -259,7 +258,7 @@ def copy_archive(transfer: Transfer, minted: Mint, path: Path) -> tuple[tar.Buil
     count = 0
     try:
         with path.open("rb") as content:
-            for _member in reader.read(content, size):
+            for _member in tar.read(content):
                 count += 1
     except tar.ArchiveBroken as error:
         get_logger().warning("archive at the source is broken", path=file.path, reason=str(error))

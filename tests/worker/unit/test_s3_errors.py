@@ -15,6 +15,7 @@ import boto3.exceptions
 import pytest
 import urllib3.exceptions
 from botocore import exceptions as aws
+from botocore.awsrequest import AWSResponse
 from botocore.parsers import ResponseParserError
 from botocore.stub import Stubber
 from hypothesis import given, settings
@@ -295,3 +296,27 @@ def test_a_404_to_a_part_of_an_archive_that_is_there(bucket: Bucket) -> None:
             pytest.raises(Retryable, match="though it is there"),
         ):
             stream.drain()
+
+
+def test_an_answer_without_an_etag_is_asked_for_again(bucket: Bucket, tmp_path: Path) -> None:
+    """Something before the store that says 200 for nothing; s3transfer relies on what is not there."""
+    path = tmp_path / "a.tar"
+    path.write_bytes(bytes(1 << 20))
+    headers = {"Content-Length": "0"}
+    said = b"<InitiateMultipartUploadResult><UploadId>1</UploadId></InitiateMultipartUploadResult>"
+
+    def answer(request: Any, **_: Any) -> AWSResponse:
+        body = said if "uploads" in request.url else b""
+        status = 404 if request.method == "HEAD" and KEY in request.url else 200
+        return AWSResponse(request.url, status, headers, Raw(body))
+
+    bucket.client.meta.events.register("before-send.s3", answer)
+    with pytest.raises(Retryable, match="the answer has no ETag"):
+        s3_utils.upload_archive(path, BATCH, bucket=bucket, part_size=1 << 19)
+
+
+class Raw(io.BytesIO):
+    """A body as urllib3 gives it."""
+
+    def stream(self, *_: Any, **__: Any) -> list[bytes]:
+        return [self.read()]

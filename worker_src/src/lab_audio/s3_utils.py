@@ -564,6 +564,12 @@ def asking(bucket: Bucket, operation: str, key: str = "") -> Iterator[None]:
         TimeoutError,
     ) as error:
         raise _translate(error, bucket, f"{operation} {_place(bucket, key)}") from error
+    except KeyError as error:
+        if error.args != ("ETag",):
+            raise
+        # s3transfer relies on it; something before the store said 200 for nothing.
+        where = f"{operation} {_place(bucket, key)}"
+        raise Retryable(f"{where}: the answer has no ETag; is that the store's answer?", STORE) from error
 
 
 _RETRYABLE_CODES = frozenset(

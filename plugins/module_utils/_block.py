@@ -18,16 +18,14 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import UUID
 
+from ansible_collections.lab.audio.plugins.module_utils._host import Refused
+
 MIB = 1 << 20
 HEAD = 8 * MIB
 SAMPLE = 4096
 PROBE_SECONDS = 20
 SERIAL_CUT = 20
 SYSTEM_MOUNTS = ("/", "/boot", "/boot/efi", "/efi", "/etc", "/home", "/opt", "/root", "/srv", "/usr", "/var")
-
-
-class Refused(Exception):
-    """What is wrong, where, and what to do."""
 
 
 class Disk(t.NamedTuple):

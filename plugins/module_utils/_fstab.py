@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 import typing as t
 from contextlib import contextmanager
 
-from ansible_collections.lab.audio.plugins.module_utils._block import Refused, execute, unescape
+from ansible_collections.lab.audio.plugins.module_utils._block import execute, unescape
+from ansible_collections.lab.audio.plugins.module_utils._host import Refused, hold
 
 LOCK_SECONDS = 120
 ENCODING: dict[str, str] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
@@ -28,18 +27,8 @@ def locked(fstab: str) -> t.Iterator[int]:
     except OSError as error:
         raise Refused(f"{os.path.dirname(fstab)}, the directory of fstab: {error.strerror}") from error
     try:
-        end = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise Refused(
-                        f"another run of gpu_volume holds {os.path.dirname(fstab)} for {LOCK_SECONDS} s;"
-                        " wait until it has ended"
-                    ) from None
-                time.sleep(0.1)
+        busy = f"another run of gpu_volume holds {os.path.dirname(fstab)} for {LOCK_SECONDS} s; wait until it has ended"
+        hold(lock, LOCK_SECONDS, busy)
         yield lock
     finally:
         os.close(lock)

@@ -17,7 +17,8 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.lab.audio.plugins.module_utils import _s3
-from ansible_collections.lab.audio.plugins.module_utils._tree import File, Refused, check_paths
+from ansible_collections.lab.audio.plugins.module_utils._host import Refused
+from ansible_collections.lab.audio.plugins.module_utils._tree import File, check_paths
 
 REMOTE = re.compile(
     r"(?P<host>(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])):(?P<path>/.*)"

@@ -20,16 +20,14 @@ import stat
 import time
 import typing as t
 
+from ansible_collections.lab.audio.plugins.module_utils._host import Refused
+
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 16 << 20
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 RESERVED = re.compile(r"quarantine-.*|found-.*|.*\.partial")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MIB = 1 << 20
-
-
-class Refused(Exception):
-    """It cannot be done; the message says what, where, and what to do."""
 
 
 class File(t.NamedTuple):

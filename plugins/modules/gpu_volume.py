@@ -205,9 +205,7 @@ plan:
   sample: ["format /dev/vdb as ext4", "mount /dev/vdb at /data"]
 """
 
-import grp
 import os
-import pwd
 import re
 import stat
 import typing as t
@@ -220,7 +218,6 @@ from ansible_collections.lab.audio.plugins.module_utils._block import (
     MIB,
     SYSTEM_MOUNTS,
     Disk,
-    Refused,
     execute,
     find_disk,
     first_byte,
@@ -232,6 +229,7 @@ from ansible_collections.lab.audio.plugins.module_utils._block import (
     superblock,
 )
 from ansible_collections.lab.audio.plugins.module_utils._changes import Changes
+from ansible_collections.lab.audio.plugins.module_utils._host import Refused, bits_of, number_of
 
 LABEL_LENGTH = {"ext4": 16, "xfs": 12}
 NEW = "(new)"
@@ -383,30 +381,15 @@ def file_system_size(disk: Disk, fstype: str, path: str, mounted: bool) -> int:
     return superblock(disk, fstype)["size"]
 
 
-def number_of(kind: str, name: str | None) -> int:
-    """The number of an owner or a group; -1, which lets it be, without a name."""
-    if name is None:
-        return -1
-    if name.isdigit():
-        return int(name)
-    try:
-        return pwd.getpwnam(name).pw_uid if kind == "owner" else grp.getgrnam(name).gr_gid
-    except KeyError:
-        raise Refused(f"{kind} {name} does not exist on this host; create it first") from None
-
-
 def wanted_directories(params: Params) -> list[tuple[str, int, int, int]]:
     """Path, owner, group and mode of the top and of each directory, parents first."""
     wanted = []
     for each in [{**params, "path": ""}, *sorted(params["directories"], key=lambda one: one["path"])]:
-        if not re.match(r"^0[0-7]{3,4}$", each["mode"]):
-            raise Refused(f"mode {each['mode']} of {each['path'] or params['path']} is not octal in quotes, as '0750'")
+        mode = bits_of(each["mode"], f" of {each['path'] or params['path']}")
         if os.path.isabs(each["path"]) or ".." in each["path"].split("/"):
             raise Refused(f"directory {each['path']} must be a path below {params['path']}")
         owner, group = number_of("owner", each["owner"]), number_of("group", each["group"])
-        wanted.append(
-            (os.path.normpath(os.path.join(params["path"], each["path"])), owner, group, int(each["mode"], 8))
-        )
+        wanted.append((os.path.normpath(os.path.join(params["path"], each["path"])), owner, group, mode))
     return wanted
 
 

@@ -202,19 +202,15 @@ plan:
 
 import contextlib
 import errno
-import fcntl
-import grp
 import os
-import pwd
-import re
 import stat
-import time
 import typing as t
 from collections import defaultdict
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.lab.audio.plugins.module_utils import _s3, _tree
 from ansible_collections.lab.audio.plugins.module_utils._changes import Changes
+from ansible_collections.lab.audio.plugins.module_utils._host import Refused, bits_of, hold, number_of
 from ansible_collections.lab.audio.plugins.module_utils._sources import Source, open_source
 from ansible_collections.lab.audio.plugins.module_utils._tree import (
     MANIFEST,
@@ -222,7 +218,6 @@ from ansible_collections.lab.audio.plugins.module_utils._tree import (
     File,
     Hashes,
     Manifest,
-    Refused,
     exchange,
     wrong,
 )
@@ -286,15 +281,7 @@ def lock(path: str) -> int | None:
         held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
-    until = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise Refused(f"another run is at work on {path}: try again when it has ended") from None
-            time.sleep(0.1)
+    hold(held, PATIENCE, f"another run is at work on {path}: try again when it has ended")
     if not os.path.isdir(path) or not os.path.samestat(os.fstat(held), os.stat(path)):
         raise Refused(f"another run has removed {path} meanwhile: try again")
     return held
@@ -739,22 +726,9 @@ def absent(module: AnsibleModule, home: Home, access: Access, changes: Changes) 
     return {"releases": []}
 
 
-def number_of(kind: str, name: str | None) -> int:
-    """The number of an owner or a group; -1, which lets it be, without a name."""
-    if name is None:
-        return -1
-    if name.isdigit():
-        return int(name)
-    try:
-        return pwd.getpwnam(name).pw_uid if kind == "owner" else grp.getgrnam(name).gr_gid
-    except KeyError:
-        raise Refused(f"{kind} {name} does not exist on this host; create it first") from None
-
-
 def access_of(params: Params) -> Access:
-    if not re.fullmatch(r"0[0-7]{3,4}", params["mode"]):
-        raise Refused(f"mode {params['mode']} is not octal in quotes, as '0750'")
-    return Access(number_of("owner", params["owner"]), number_of("group", params["group"]), int(params["mode"], 8))
+    mode = bits_of(params["mode"])
+    return Access(number_of("owner", params["owner"]), number_of("group", params["group"]), mode)
 
 
 def main() -> None:

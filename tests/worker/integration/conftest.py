@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from needed import needed
 
 from lab_audio.config import S3Settings
 from lab_audio.s3_utils import Bucket, ensure_bucket, open_bucket
 
-from processes import NotReady
 from proxy import Proxy
 from seaweedfs import SeaweedFS
 from swift import Swift
@@ -23,14 +22,8 @@ from swift import Swift
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A running object store: endpoint, access_key, secret_key, ca_bundle."""
     with contextlib.ExitStack() as stack:
-        try:
+        with needed():
             server = stack.enter_context(request.param(tmp_path_factory.mktemp("store")))
-        except NotReady:
-            raise
-        except RuntimeError as missing:
-            if os.environ.get("REQUIRE_ALL") == "1":
-                raise
-            pytest.skip(str(missing))
         yield server
 
 

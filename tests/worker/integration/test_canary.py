@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+from needed import missing
 
 from lab_audio.config import GpuSettings
 from lab_audio.errors import Fatal
@@ -19,7 +20,7 @@ from tests.stack.models import POLICIES, assemble
 
 def need(there: bool, what: str) -> None:
     if not there:
-        (pytest.fail if os.environ.get("REQUIRE_ALL") == "1" else pytest.skip)(what)
+        missing(what)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+from needed import missing
 
 from lab_audio.errors import Fatal, Permanent, Retryable
 from lab_audio.media.transcode import decode, duration, encode, ffmpeg_command
@@ -25,15 +26,15 @@ SPEECH = SOUNDS[0]
 
 def need(condition: bool, what: str) -> None:
     if not condition:
-        (pytest.fail if os.environ.get("REQUIRE_ALL") == "1" else pytest.skip)(what)
+        missing(what)
 
 
 @pytest.fixture(autouse=True)
 def _ffmpeg() -> None:
     try:
         ffmpeg_command()
-    except Fatal as missing:
-        need(False, str(missing))
+    except Fatal as error:
+        missing(str(error))
 
 
 @pytest.fixture(params=["system", "imageio-ffmpeg"])

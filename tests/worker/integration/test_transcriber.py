@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from needed import missing
 
 from lab_audio.contracts import Transcript
 from lab_audio.errors import ConfigError, Fatal
@@ -31,8 +32,7 @@ RATE = 16_000
 
 def need(there: bool, what: str) -> None:
     if not there:
-        complain = pytest.fail if os.environ.get("REQUIRE_ALL") == "1" else pytest.skip
-        complain(f"{what} is not installed")
+        missing(f"{what} is not installed")
 
 
 def package_directory(name: str) -> Path:

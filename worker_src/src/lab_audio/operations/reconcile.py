@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, cast
 
 from redis import Redis
 from sqlalchemy import Engine
@@ -25,6 +24,7 @@ from lab_audio.media import archive as tar
 from lab_audio.s3_utils import ArchiveInfo, Bucket
 from lab_audio.source import check_path
 from lab_audio.workers.host import delete_dead_object, lose_host
+from lab_audio.workers.transfer_sounds import read_back
 from lab_audio.workers.unpack_worker import transcribe_jobs
 
 PAGE = 1000
@@ -125,16 +125,9 @@ def source_files(stores: Stores, info: ArchiveInfo) -> list[SourceFile]:
 
     Raises Permanent if its bytes are not those that were uploaded, or its headers not of a transfer worker; NotFound.
     """
-    files: list[SourceFile] = []
-    with s3_utils.open_archive(info, bucket=stores.bucket) as stream:
-        try:
-            for file in tar.sources(cast(BinaryIO, stream)):
-                files.append(file)
-        except tar.ArchiveBroken as error:
-            get_logger().warning("archive is broken", key=info.key, reason=str(error))
-        stream.drain()
-        if stream.sha256() != info.sha256:
-            raise Permanent(f"the archive's SHA-256 is {stream.sha256()}, uploaded was {info.sha256 or 'not said'}")
+    sha256, files = read_back(stores.bucket, info, tar.sources)
+    if sha256 != info.sha256:
+        raise Permanent(f"the archive's SHA-256 is {sha256}, uploaded was {info.sha256 or 'not said'}")
     files = files if info.source_file is None else [info.source_file]
     for file in files:
         check_path(file.path)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeVar, cast
 
 from redis import Redis
 from sqlalchemy import Connection, Engine, text
@@ -29,6 +29,7 @@ from lab_audio.s3_utils import ArchiveInfo, Bucket
 from lab_audio.workers.loop import Stop, Stopped, patiently
 
 LOCK_SECONDS = 5.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def stored_archive(transfer: Transfer, minted: Mint) -> tuple[Archive | None, di
     """
     try:
         info = s3_utils.head_archive(minted.batch_id, bucket=transfer.bucket)
-        sha256, count, found = read_back(transfer, minted, info)
+        sha256, found = read_back(transfer.bucket, info, names if is_archive(minted) else tar.sources)
     except NotFound:
         return None
     if info.sha256 != sha256:
@@ -180,25 +181,27 @@ def stored_archive(transfer: Transfer, minted: Mint) -> tuple[Archive | None, di
             raise Permanent(f"the archive's SHA-256 is {sha256}, uploaded was {info.sha256 or 'not said'}")
         s3_utils.delete_archive(info.key, bucket=transfer.bucket)
         return None
-    struck = {file: "not in the stored archive" for file in minted.files if file not in found}
-    return Archive(sha256, info.size, count), struck
+    there = set(minted.files if is_archive(minted) else found)
+    struck = {file: "not in the stored archive" for file in minted.files if file not in there}
+    return Archive(sha256, info.size, len(found)), struck
 
 
-def read_back(transfer: Transfer, minted: Mint, info: ArchiveInfo) -> tuple[str, int, set[SourceFile]]:
-    """SHA-256 of a stored archive, how many recordings it holds, and which of the minted files are in it."""
-    with s3_utils.open_archive(info, bucket=transfer.bucket) as stream:
-        content = cast(BinaryIO, stream)
-        count, found = 0, set(minted.files)
+def read_back(bucket: Bucket, info: ArchiveInfo, entries: Callable[[BinaryIO], Iterator[T]]) -> tuple[str, list[T]]:
+    """SHA-256 of a stored archive, and its entries; those before the damage where it is broken. Raises NotFound."""
+    found: list[T] = []
+    with s3_utils.open_archive(info, bucket=bucket) as stream:
         try:
-            if is_archive(minted):
-                count = len([member.name for member in tar.read(content)])
-            else:
-                found = set(tar.sources(content))
-                count = len(found)
+            for entry in entries(cast(BinaryIO, stream)):
+                found.append(entry)
         except tar.ArchiveBroken as error:
-            get_logger().warning("stored archive is broken", batch_id=minted.batch_id, reason=str(error))
+            get_logger().warning("archive is broken", key=info.key, reason=str(error))
         stream.drain()
-        return stream.sha256(), count, found
+        return stream.sha256(), found
+
+
+def names(stream: BinaryIO) -> Iterator[str]:
+    """The names of an archive's members."""
+    return (member.name for member in tar.read(stream))
 
 
 def is_archive(minted: Mint) -> bool:

@@ -163,6 +163,9 @@ def operation(name: str) -> t.Callable[[Function], Function]:
                 raise refused(error, f"{name} {store.place(key)}") from error
             except (aws.BotoCoreError, HTTPError, ConnectionError, TimeoutError) as error:
                 raise StoreError(f"{name} {store.place(key)}: {unreachable(str(error))}") from error
+            except KeyError as error:  # something before the store said 200 for nothing
+                said = f"the answer has no {error.args[0]}; is that the store's answer?"
+                raise StoreError(f"{name} {store.place(key)}: {said}") from error
 
         return asking  # type: ignore[return-value]
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -315,6 +316,19 @@ def test_what_the_store_holds_is_compared(run: Run, server: Any, bucket: Bucket,
         said = run(MODULE, **options, src=tmp_path / "a")
     assert "damaged on the way; it is deleted" in said["msg"], said
     assert bucket.keys() == ["b"]
+
+
+@pytest.mark.parametrize("size", [1 << 20, 17 << 20])
+def test_an_answer_without_an_etag_is_no_answer(
+    run: Run, server: Any, bucket: Bucket, tmp_path: Path, size: int
+) -> None:
+    """Of something before the store that says 200 for nothing: of one PUT, and of a part."""
+    (tmp_path / "a").write_bytes(bytes(size))
+    with Proxy(server) as proxy:
+        proxy.on_reply = lambda block: re.sub(rb"(?i)\r\netag:", b"\r\nx-tag:", block)
+        options = {**bucket.options, "endpoint_url": proxy.endpoint, "ca_bundle": None, "key": "a"}
+        said = run(MODULE, **options, src=tmp_path / "a")
+    assert "the answer has no ETag; is that the store's answer?" in said["msg"], said
 
 
 @pytest.mark.parametrize("size", [MIB, 33 * MIB])

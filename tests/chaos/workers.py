@@ -33,6 +33,7 @@ from lab_audio import config, log, s3_utils
 from lab_audio.cli import operate
 from lab_audio.contracts import Classification, Transcript
 from lab_audio.errors import Permanent
+from lab_audio.media import sandbox
 from lab_audio.operations import reconcile as reconciling
 from lab_audio.operations import retention as retaining
 from lab_audio.workers import gpu_worker, transfer_sounds, unpack_worker
@@ -58,6 +59,7 @@ TIMES: dict[str, Any] = {
     "lab_audio.workers.host:TIDY_SECONDS": 3,
     "lab_audio.workers.transfer_sounds:LOCK_SECONDS": 0.5,
     "lab_audio.workers.unpack_worker:PAUSE_SECONDS": 1,
+    "lab_audio.workers.unpack_worker:FFMPEG_PAUSES": (0.5, 1),
     "lab_audio.workers.gpu_worker:IDLE_SECONDS": 1,
     "lab_audio.s3_utils:PART_SIZE": PART_BYTES,
     "lab_audio.s3_utils:Config": partial(Config, read_timeout=5),
@@ -268,6 +270,7 @@ def shorten() -> None:
     """Give this process a lab's pauses in miniature; called once, before the forks."""
     for path, value in TIMES.items():
         put(path, value)
+    sandbox.problem()  # the answer is inherited by all that are forked
     put("lab_audio.s3_utils:upload_archive", partial(s3_utils.upload_archive, part_size=PART_BYTES))
     from_url = redis.Redis.from_url
     redis.Redis.from_url = lambda url, **more: from_url(url, **{**more, "socket_timeout": 6})  # type: ignore[method-assign]

@@ -55,7 +55,7 @@ if [ "$profile" = test ]; then
         [swift-object]=swift-object-server [memcached]=memcached [openssh-server]=sshd [openssh-client]=ssh
         [ffmpeg]=ffmpeg [openssl]=openssl [espeak-ng]=espeak-ng
         [xfsprogs]=mkfs.xfs [btrfs-progs]=mkfs.btrfs [lvm2]=pvcreate [cryptsetup-bin]=cryptsetup [fdisk]=sfdisk
-        [rsync]=rsync
+        [rsync]=rsync [bubblewrap]=bwrap
     )
     for package in "${!program[@]}"; do
         PATH=$PATH:/usr/sbin:/sbin command -v "${program[$package]}" >/dev/null || missing+=("$package")

@@ -25,6 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from lab_audio.media import sandbox
+
 import corpus
 from models import POLICIES, assemble
 from stack import Stack
@@ -93,6 +95,9 @@ def demo(run: Path) -> int:
     with Stack(run) as stack:
         say("SeaweedFS, Valkey and PostgreSQL are up on loopback ports.")
         env = settings(stack, run, sounds)
+        if problem := sandbox.problem():
+            say(f"ffmpeg runs WITHOUT A SANDBOX, as none works here ({problem}).")
+            env["ALLOW_UNSANDBOXED"] = "true"
         with logs_kept(stack), closing(psycopg2.connect(stack.env["DATABASE_URL"])) as ledger:
             ledger.autocommit = True
             pipeline(stack, env, ledger, len(files))

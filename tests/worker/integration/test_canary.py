@@ -12,7 +12,7 @@ from needed import missing
 
 from lab_audio.config import GpuSettings
 from lab_audio.errors import Fatal
-from lab_audio.media import canary, transcode
+from lab_audio.media import canary, sandbox, transcode
 from lab_audio.workers.recognition import Models, load_models, prove
 
 from tests.stack.models import POLICIES, assemble
@@ -68,6 +68,7 @@ def test_an_ffmpeg_that_fails_on_it_is_broken(tmp_path: Path, monkeypatch: pytes
     program.write_text(f"#!/bin/bash\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(sandbox, "problem", lambda: "there is no bash in it")
     with pytest.raises(Fatal, match=r"ffmpeg is broken on this host.*canary\.opus"):
         canary.decode()
     with pytest.raises(Fatal, match=r"ffmpeg is broken on this host.*canary\.mp3"):

@@ -18,6 +18,7 @@ import pytest
 from needed import missing
 
 from lab_audio.errors import Fatal, Permanent, Retryable
+from lab_audio.media import sandbox
 from lab_audio.media.transcode import decode, duration, encode, ffmpeg_command
 
 SOUNDS = sorted((Path(__file__).parents[2] / "stack" / "sounds").rglob("*.mp3"))
@@ -70,6 +71,7 @@ def fake_ffmpeg(directory: Path, monkeypatch: pytest.MonkeyPatch, script: str) -
     program.write_text(f"#!/bin/bash\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    monkeypatch.setattr(sandbox, "problem", lambda: "there is no bash in it")
 
 
 def wav_of_silence() -> bytes:

@@ -23,7 +23,7 @@ from lab_audio.contracts import archive_key, item_of
 from lab_audio.errors import Retryable
 from lab_audio.ledger import Archive, NewItem
 from lab_audio.media import archive as tar
-from lab_audio.media import transcode
+from lab_audio.media import reader, transcode
 from lab_audio.workers import gpu_worker, unpack_worker
 from lab_audio.workers import host as host_duties
 from lab_audio.workers.host import open_host, open_inbox
@@ -429,17 +429,17 @@ def test_an_archive_that_was_replaced_while_the_store_was_away_is_read_anew(
 ) -> None:
     batch_id = plant(world, 1, 3, 1000)
     here, inbox, held = unpacker(world, monkeypatch)
-    read, tries = tar.read, []
+    read, tries = reader.read, []
 
-    def reading(stream: Any) -> Iterator[tar.Member]:
+    def reading(stream: Any, size: int) -> Iterator[tar.Member]:
         tries.append(stream)
-        yield from read(stream)
+        yield from read(stream, size)
         if len(tries) == 1:
             world.client.delete("unpack")
             plant(world, 1, 2, 2000)
             raise Retryable("the store is away")
 
-    monkeypatch.setattr(tar, "read", reading)
+    monkeypatch.setattr(reader, "read", reading)
     job = inbox.claim(0)
     assert job is not None
     assert unpack_worker.handle(here, inbox, job, ENCODING, Stop()) is None

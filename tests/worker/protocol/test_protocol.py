@@ -14,8 +14,8 @@ import pytest
 from lab_audio import ledger, queues, s3_utils
 from lab_audio.config import GpuSettings, TransferSettings
 from lab_audio.contracts import TranscribeJob, item_of, opus_path
-from lab_audio.errors import Fatal, Permanent
-from lab_audio.media import transcode
+from lab_audio.errors import ConfigError, Fatal, Permanent
+from lab_audio.media import sandbox, transcode
 from lab_audio.workers import gpu_worker, transfer_sounds
 from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop
@@ -355,3 +355,18 @@ def test_a_slot_serves_until_its_list_is_empty(world: World, monkeypatch: pytest
     slot.release()
     world.run("unpack")
     assert world.snags() == []
+
+
+def test_without_a_sandbox_a_worker_starts_only_if_it_may_and_says_so(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "problem", lambda: "bwrap is missing: apt install bubblewrap")
+    with pytest.raises(ConfigError, match=r"apt install bubblewrap .*ALLOW_UNSANDBOXED"):
+        open_host(world.load(GpuSettings), Stop())
+    assert world.rows("SELECT host FROM hosts") == []
+    open_host(world.load(GpuSettings, ALLOW_UNSANDBOXED="true"), Stop())
+    assert json.loads(world.command("status", "--json").stdout)["hosts"][0]["unsandboxed"]
+    assert "no sandbox" in world.command("status").stdout
+    monkeypatch.undo()
+    open_host(world.load(GpuSettings), Stop())
+    assert "no sandbox" not in world.command("status").stdout

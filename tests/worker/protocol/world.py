@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from lab_audio import config, ledger, log, queues, s3_utils, scratch
 from lab_audio.cli import app
 from lab_audio.contracts import Classification, Transcript, UnpackJob, archive_key
-from lab_audio.media import canary, transcode
+from lab_audio.media import canary, sandbox, transcode
 from lab_audio.operations import reconcile as reconciling
 from lab_audio.operations import restore as restoring
 from lab_audio.workers import gpu_worker, transfer_sounds, unpack_worker
@@ -133,6 +133,7 @@ class World:
         self.bucket = s3_utils.open_bucket(self.load(config.S3Settings))
         self.workers_bucket = s3_utils.open_bucket(self.load(config.S3Settings))  # never used here, so safe to fork
         ledger.migrate(self.engine)
+        sandbox.problem()  # the answer is inherited by all that are forked
 
     def load(self, kind: type[Any], host: str = "h1", **more: Any) -> Any:
         environment = {

@@ -102,6 +102,14 @@ class HostSettings(_Settings):
     )
 
 
+class MediaSettings(HostSettings):
+    """How strangers' recordings are read."""
+
+    allow_unsandboxed: bool = Field(
+        False, description="Run ffmpeg without a sandbox where none works: only where every recording is trusted"
+    )
+
+
 class TransferSettings(LedgerSettings, QueueSettings, S3Settings):
     """The transfer worker."""
 
@@ -124,7 +132,7 @@ class TransferSettings(LedgerSettings, QueueSettings, S3Settings):
     )
 
 
-class UnpackSettings(LedgerSettings, QueueSettings, S3Settings, HostSettings):
+class UnpackSettings(LedgerSettings, QueueSettings, S3Settings, MediaSettings):
     """The unpack worker."""
 
     transcode_threads: int = Field(
@@ -135,7 +143,7 @@ class UnpackSettings(LedgerSettings, QueueSettings, S3Settings, HostSettings):
     opus_bitrate: int = Field(24_000, ge=6_000, le=256_000, description="Bits per second of the kept Opus")
 
 
-class GpuSettings(LedgerSettings, QueueSettings, S3Settings, HostSettings):
+class GpuSettings(LedgerSettings, QueueSettings, S3Settings, MediaSettings):
     """The GPU worker."""
 
     models_root: AbsolutePath = Field(Path("/data/models"), description="Directory of models: whisperx/ and gemma/")

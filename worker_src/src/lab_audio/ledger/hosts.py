@@ -26,7 +26,9 @@ class Lost:
 
 
 @contextmanager
-def registering(engine: Engine, host: str, scratch_id: str, scratch_root: Path) -> Iterator[Lost | None]:
+def registering(
+    engine: Engine, host: str, scratch_id: str, scratch_root: Path, *, unsandboxed: bool = False
+) -> Iterator[Lost | None]:
     """Note this host and its disk. Raises Fatal while another disk still beats under the same name.
 
     Once that one is silent, what lay on it is lost (LOST): then yields its batches, as `losing` does; else None.
@@ -52,9 +54,10 @@ def registering(engine: Engine, host: str, scratch_id: str, scratch_root: Path) 
         connection.execute(
             text(
                 "UPDATE hosts SET scratch_id = :id, scratch_root = :root, seen_at = now(), doubted_at = NULL,"
+                " unsandboxed = :unsandboxed,"
                 " scratch_bytes = CASE WHEN scratch_id = :id THEN scratch_bytes END WHERE host = :host"
             ),
-            {"host": host, "id": scratch_id, "root": str(scratch_root)},
+            {"host": host, "id": scratch_id, "root": str(scratch_root), "unsandboxed": unsandboxed},
         )
         yield lost
 

@@ -34,6 +34,7 @@ class HostView:
     paused: bool
     silent_seconds: float | None
     gpu_silent_seconds: float | None
+    unsandboxed: bool
 
 
 def open_batches(engine: Engine) -> list[BatchProgress]:
@@ -54,7 +55,8 @@ def seen_hosts(engine: Engine) -> list[HostView]:
         rows = connection.execute(
             text(
                 "SELECT host, paused OR EXISTS (SELECT FROM hosts WHERE host = :all AND paused),"
-                " extract(epoch FROM now() - seen_at)::float, extract(epoch FROM now() - gpu_seen_at)::float"
+                " extract(epoch FROM now() - seen_at)::float, extract(epoch FROM now() - gpu_seen_at)::float,"
+                " unsandboxed"
                 " FROM hosts WHERE host <> :all AND seen_at IS NOT NULL ORDER BY host"
             ),
             {"all": EVERYWHERE},

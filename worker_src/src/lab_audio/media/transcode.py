@@ -1,4 +1,4 @@
-"""MP3 to the kept Opus, and Opus to samples: ffmpeg between pipes, given no path and no way to open one.
+"""MP3 to the kept Opus, and Opus to samples: ffmpeg between pipes in a sandbox, given no path and no way to open one.
 
 The Opus is mono and 16 kHz, as speech recognition takes it, and bit-exact: encoding the same bytes again
 gives the same file.
@@ -7,6 +7,7 @@ gives the same file.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import selectors
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lab_audio.errors import Fatal, Permanent
+from lab_audio.media import sandbox
 
 SAMPLE_RATE = 16_000
+LONGEST = 3600.0  # seconds of work, where no timeout is given
 STOPPED_BY_SIGNAL = 255  # how ffmpeg ends when it is asked to
 _BLOCK = 1 << 16
 _STDERR_KEPT = 1 << 13
@@ -172,7 +175,7 @@ def _run(argv: list[str], source: BinaryIO, sink: Callable[[bytes], object], tim
     deadline = None if timeout is None else time.monotonic() + timeout
     try:
         process = subprocess.Popen(
-            argv,
+            sandbox.enclosed(argv, math.ceil(timeout or LONGEST)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -194,12 +197,16 @@ def _run(argv: list[str], source: BinaryIO, sink: Callable[[bytes], object], tim
             if pipe:
                 pipe.close()
         process.wait()
-    if process.returncode in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, STOPPED_BY_SIGNAL):
+    code = process.returncode
+    by = sandbox.ended_by(code)
+    if by in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) or code == STOPPED_BY_SIGNAL:
         raise Fatal("ffmpeg was ended from outside; the recording is not to blame")
-    if process.returncode == -signal.SIGKILL:
+    if by == signal.SIGKILL:
         raise Unfinished("ffmpeg was killed")
-    if process.returncode:
-        raise Permanent(f"ffmpeg: {_last_words(words) or f'ended with {process.returncode}'}")
+    if by == signal.SIGXCPU:
+        raise Unfinished(f"ffmpeg was not done with it in {timeout or LONGEST:g} seconds of work")
+    if code:
+        raise Permanent(f"ffmpeg: {_last_words(words) or (by.name if by else f'ended with {code}')}")
 
 
 def _pump(

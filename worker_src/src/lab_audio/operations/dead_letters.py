@@ -26,7 +26,7 @@ from lab_audio.contracts import (
 )
 from lab_audio.errors import NotFound, Permanent
 from lab_audio.ledger import DeadLetter
-from lab_audio.media import archive as tar
+from lab_audio.media import reader
 from lab_audio.operations.reconcile import Stores
 from lab_audio.workers.host import queue_waiting
 
@@ -94,7 +94,7 @@ def save(stores: Stores, name: str, path: Path) -> int:
     part = path.with_name(f"{path.name}.part")
     try:
         with s3_utils.open_archive(info, bucket=stores.bucket) as stream:
-            for member in tar.read(cast(BinaryIO, stream)):
+            for member in reader.read(cast(BinaryIO, stream), info.size):
                 if item_of(member.name) == found["item"]:
                     if member.file is None:
                         raise Permanent(f"{found['member']} {member.problem}: there is nothing to save")

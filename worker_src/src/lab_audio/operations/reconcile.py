@@ -20,7 +20,7 @@ from lab_audio.contracts import UNPACK, SourceFile, new_unpack_job
 from lab_audio.errors import NotFound, Permanent
 from lab_audio.ledger import Archive, recovery
 from lab_audio.log import get_logger
-from lab_audio.media import archive as tar
+from lab_audio.media import reader
 from lab_audio.s3_utils import ArchiveInfo, Bucket
 from lab_audio.source import check_path
 from lab_audio.workers.host import delete_dead_object, lose_host
@@ -125,7 +125,7 @@ def source_files(stores: Stores, info: ArchiveInfo) -> list[SourceFile]:
 
     Raises Permanent if its bytes are not those that were uploaded, or its headers not of a transfer worker; NotFound.
     """
-    sha256, files = read_back(stores.bucket, info, tar.sources)
+    sha256, files = read_back(stores.bucket, info, reader.sources)
     if sha256 != info.sha256:
         raise Permanent(f"the archive's SHA-256 is {sha256}, uploaded was {info.sha256 or 'not said'}")
     files = files if info.source_file is None else [info.source_file]

@@ -17,7 +17,8 @@ from lab_audio import ledger, queues, s3_utils
 from lab_audio.contracts import archive_key, item_of, new_unpack_job
 from lab_audio.errors import ConfigError, NotFound
 from lab_audio.ledger import recovery
-from lab_audio.media import archive as tar
+from lab_audio.media import reader
+from lab_audio.media.archive import ArchiveBroken
 from lab_audio.operations.reconcile import Stores, adopt_archive, pages
 from lab_audio.s3_utils import Origin
 from lab_audio.workers.host import lose_host
@@ -170,7 +171,7 @@ def member_names(stores: Stores, batch_id: str) -> dict[str, str]:
         info = s3_utils.head_archive(batch_id, bucket=stores.bucket)
     except NotFound:
         return names
-    with s3_utils.open_archive(info, bucket=stores.bucket) as stream, suppress(tar.ArchiveBroken):
-        for member in tar.read(cast(BinaryIO, stream)):
+    with s3_utils.open_archive(info, bucket=stores.bucket) as stream, suppress(ArchiveBroken):
+        for member in reader.read(cast(BinaryIO, stream), info.size):
             names[item_of(member.name)] = member.name
     return names

@@ -11,7 +11,7 @@ from redis import Redis
 from sqlalchemy import Engine
 
 from lab_audio import ledger, queues, scratch
-from lab_audio.config import GpuSettings, UnpackSettings
+from lab_audio.config import GpuSettings, MediaSettings, UnpackSettings
 from lab_audio.contracts import (
     TRANSCRIBE,
     UNPACK,
@@ -20,9 +20,10 @@ from lab_audio.contracts import (
     processing_list,
     transcribe_list,
 )
-from lab_audio.errors import Fatal, Permanent
+from lab_audio.errors import ConfigError, Fatal, Permanent
 from lab_audio.ledger.hosts import BEAT_SECONDS
 from lab_audio.log import get_logger
+from lab_audio.media import sandbox
 from lab_audio.s3_utils import Bucket, delete_archive, delete_opus, open_bucket
 from lab_audio.workers.loop import Stop, in_background, patiently
 
@@ -56,16 +57,31 @@ def open_host(settings: UnpackSettings | GpuSettings, stop: Stop) -> Host:
         settings.archive_after_batch,
     )
     patiently(stop, ledger.check_migrated, host.engine)
-    for batch_id in patiently(stop, enter, host, scratch.prepare(host.scratch)):
+    unsandboxed = not has_sandbox(settings)
+    for batch_id in patiently(stop, enter, host, scratch.prepare(host.scratch), unsandboxed=unsandboxed):
         patiently(stop, queue_waiting, host.engine, host.client, batch_id)
     return host
 
 
-def enter(host: Host, disk: str) -> list[str]:
+def has_sandbox(settings: MediaSettings) -> bool:
+    """Whether ffmpeg runs in a sandbox here. Raises ConfigError if it does not and need not be trusted to."""
+    problem = sandbox.problem()
+    if problem is None:
+        return True
+    if not settings.allow_unsandboxed:
+        raise ConfigError(
+            f"no sandbox for ffmpeg works here: {problem} (ALLOW_UNSANDBOXED=true does without, if every recording is"
+            " trusted)"
+        )
+    get_logger().warning("FFMPEG RUNS WITHOUT A SANDBOX: a hostile recording may take over this host", why=problem)
+    return False
+
+
+def enter(host: Host, disk: str, *, unsandboxed: bool) -> list[str]:
     """Enter this host in the ledger. If its disk was replaced, what lay on the old one is lost: returns the batches
     that are to be unpacked anew.
     """
-    with ledger.registering(host.engine, host.name, disk, host.scratch) as lost:
+    with ledger.registering(host.engine, host.name, disk, host.scratch, unsandboxed=unsandboxed) as lost:
         if lost is not None:
             forget(host.engine, host.client, host.name, lost)
     return lost.reopened if lost else []

@@ -25,6 +25,7 @@ from lab_audio.errors import ConfigError, Fatal, NotFound, Permanent
 from lab_audio.ledger import Archive, Mint
 from lab_audio.log import get_logger
 from lab_audio.media import archive as tar
+from lab_audio.media import reader
 from lab_audio.s3_utils import ArchiveInfo, Bucket
 from lab_audio.workers.loop import Stop, Stopped, patiently
 
@@ -172,7 +173,7 @@ def stored_archive(transfer: Transfer, minted: Mint) -> tuple[Archive | None, di
     """
     try:
         info = s3_utils.head_archive(minted.batch_id, bucket=transfer.bucket)
-        sha256, found = read_back(transfer.bucket, info, names if is_archive(minted) else tar.sources)
+        sha256, found = read_back(transfer.bucket, info, names if is_archive(minted) else reader.sources)
     except NotFound:
         return None
     if info.sha256 != sha256:
@@ -186,12 +187,14 @@ def stored_archive(transfer: Transfer, minted: Mint) -> tuple[Archive | None, di
     return Archive(sha256, info.size, len(found)), struck
 
 
-def read_back(bucket: Bucket, info: ArchiveInfo, entries: Callable[[BinaryIO], Iterator[T]]) -> tuple[str, list[T]]:
+def read_back(
+    bucket: Bucket, info: ArchiveInfo, entries: Callable[[BinaryIO, int], Iterator[T]]
+) -> tuple[str, list[T]]:
     """SHA-256 of a stored archive, and its entries; those before the damage where it is broken. Raises NotFound."""
     found: list[T] = []
     with s3_utils.open_archive(info, bucket=bucket) as stream:
         try:
-            for entry in entries(cast(BinaryIO, stream)):
+            for entry in entries(cast(BinaryIO, stream), info.size):
                 found.append(entry)
         except tar.ArchiveBroken as error:
             get_logger().warning("archive is broken", key=info.key, reason=str(error))
@@ -199,9 +202,9 @@ def read_back(bucket: Bucket, info: ArchiveInfo, entries: Callable[[BinaryIO], I
         return stream.sha256(), found
 
 
-def names(stream: BinaryIO) -> Iterator[str]:
+def names(stream: BinaryIO, size: int) -> Iterator[str]:
     """The names of an archive's members."""
-    return (member.name for member in tar.read(stream))
+    return (member.name for member in reader.read(stream, size))
 
 
 def is_archive(minted: Mint) -> bool:
@@ -261,7 +264,7 @@ def copy_archive(transfer: Transfer, minted: Mint, path: Path) -> tuple[tar.Buil
     count = 0
     try:
         with path.open("rb") as content:
-            for _member in tar.read(content):
+            for _member in reader.read(content, size):
                 count += 1
     except tar.ArchiveBroken as error:
         get_logger().warning("archive at the source is broken", path=file.path, reason=str(error))

@@ -28,7 +28,7 @@ from lab_audio.errors import Fatal, LabAudioError, NotFound, Permanent
 from lab_audio.ledger import Archive, NewItem, Refused
 from lab_audio.log import get_logger
 from lab_audio.media import archive as tar
-from lab_audio.media import canary, transcode
+from lab_audio.media import canary, reader, transcode
 from lab_audio.workers.host import Host, attend, open_host, open_inbox, tidy, tidy_batch
 from lab_audio.workers.loop import COMPLAIN_SECONDS, Stop, Stopped, patiently
 
@@ -260,7 +260,7 @@ def read_archive(
         ThreadPoolExecutor(encoding.threads, thread_name_prefix="encode") as pool,
     ):
         try:
-            for member in tar.read(cast(BinaryIO, stream)):
+            for member in reader.read(cast(BinaryIO, stream), info.size):
                 recordings += 1
                 row = entry(member)
                 if row.item in contents.rows:

@@ -1,0 +1,125 @@
+"""In ffmpeg's place a program tries what a hostile recording could make it do: it fails, and the next one runs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lab_audio import ledger
+from lab_audio.contracts import item_of
+from lab_audio.media import canary, sandbox, transcode
+from lab_audio.workers import unpack_worker
+
+PERL = "/usr/bin/perl"  # essential on Debian and Ubuntu, and all it needs is below /usr/lib
+NAME = "a.mp3"
+FAILS = 3  # what a program ends with that could not do it
+SECRET = "xyzzy"
+
+
+@pytest.fixture(autouse=True)
+def works(monkeypatch: pytest.MonkeyPatch) -> None:
+    if problem := sandbox.problem():
+        pytest.skip(f"no sandbox here: {problem}")
+    monkeypatch.setattr(unpack_worker, "FFMPEG_PAUSES", (0, 0), raising=False)
+
+
+def encode(tmp_path: Path) -> ledger.NewItem:
+    row = ledger.NewItem(NAME, item_of(NAME), NAME)
+    with canary.MP3.open("rb") as mp3:
+        return unpack_worker.encode(row, mp3, tmp_path, 24_000)
+
+
+def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, *arguments: object) -> str | None:
+    """Encode a recording with this Perl program in ffmpeg's place: why it is dead. The next one, by ffmpeg, is not."""
+    enclosed, argv = sandbox.enclosed, [PERL, "-e", program, *map(str, arguments)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "enclosed", lambda _ffmpeg, cpu_seconds: enclosed(argv, cpu_seconds))
+        patch.setattr(canary, "encode", lambda folder: None)
+        reason = encode(tmp_path).reason
+    assert encode(tmp_path).reason is None
+    return reason
+
+
+COULD_NOT = f"ffmpeg: ended with {FAILS}"
+
+
+def test_it_reaches_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "use Socket; socket(my $s, AF_INET, SOCK_STREAM, 0) or exit 3; "
+        'connect($s, sockaddr_in($ARGV[0], inet_aton("127.0.0.1"))) or exit 3; syswrite($s, "in")'
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        assert attempt(tmp_path, monkeypatch, program, server.getsockname()[1]) == COULD_NOT
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        'open(my $f, "<", $ARGV[0]) or exit 3',
+        "opendir(my $d, $ARGV[1]) or exit 3",
+        "exit 3 unless grep { /xyzzy/ } %ENV",
+        'for my $e (glob("/proc/*/environ")) { open(my $f, "<", $e) and exit 0 } exit 3',
+        "kill(0, $ARGV[2]) or exit 3",
+        'open(my $f, "<", "/etc/passwd") or exit 3',
+        'open(my $f, "<", "/dev/sda") or open($f, "<", "/dev/vda") or exit 3',
+    ],
+)
+def test_it_sees_nothing_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """A secret, another batch's folder, the environment, other processes, files of the system, disks."""
+    other = tmp_path / "20260101-000000-000002"
+    other.mkdir()
+    secret = tmp_path / "database_url"
+    secret.write_text(SECRET)
+    monkeypatch.setenv("DATABASE_URL", SECRET)
+    assert attempt(tmp_path, monkeypatch, program, secret, other, os.getpid()) == COULD_NOT
+
+
+def test_it_writes_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = 'for my $d (@ARGV) { open(my $f, ">", "$d/x") and exit 0; mkdir("$d/y") and exit 0 } exit 3'
+    places = ["", "/tmp", "/dev/shm", "/usr/lib", "/etc", "/proc/self", tmp_path]
+    assert attempt(tmp_path, monkeypatch, program, *places) == COULD_NOT
+    assert not (tmp_path / "x").exists()
+
+
+def test_it_gets_no_8_gb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (
+        "memory" in (attempt(tmp_path, monkeypatch, 'my $n = 8 << 30; my $x = "x" x $n; print length $x') or "").lower()
+    )
+
+
+def test_it_does_not_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither asleep nor at work, nor by a child of its own."""
+    monkeypatch.setattr(unpack_worker, "encode_seconds", lambda mp3: 1.0)
+    for program in ("sleep 1000", "fork; fork; sleep 1000", "1 while 1"):
+        reason = attempt(tmp_path, monkeypatch, f"{program} # for ever")
+        assert reason is not None
+        assert "was not done with it in 1 seconds" in reason
+    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line for line in lines if "for ever" in line and PERL in line] == []
+
+
+def test_it_forks_no_thousand_times() -> None:
+    """As an ordinary user, as which a worker runs; the kernel counts no processes of root."""
+    program = "for (1..1000) { my $p = fork; exit 3 unless defined $p; if (!$p) { sleep 60; exit } } exit 0"
+    user = {"user": 61_003, "group": 61_003, "extra_groups": []} if os.getuid() == 0 else {}
+    done = subprocess.run(
+        sandbox.enclosed([PERL, "-e", program], 20), capture_output=True, check=False, timeout=60, **user
+    )
+    assert done.returncode == FAILS
+
+
+def test_the_encoder_is_in_there(tmp_path: Path) -> None:
+    """The same Opus comes out of it as without it."""
+    assert encode(tmp_path).reason is None
+    enclosed = (tmp_path / f"{item_of(NAME)}.opus").read_bytes()
+    with canary.MP3.open("rb") as mp3, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "enclosed", lambda argv, cpu_seconds: argv)
+        transcode.encode(mp3, tmp_path / "free.opus", bitrate=24_000)
+    assert (tmp_path / "free.opus").read_bytes() == enclosed

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos compat lint clean
+.PHONY: help demo test chaos fuzz compat lint clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -13,6 +13,13 @@ test:  ## Everything that CI runs (REQUIRE_ALL=1: what cannot run fails; ONLY="l
 chaos:  ## Everything that can go wrong does, by a seed (SEED=n MINUTES=n; DOSES=full or long: as for docs/reliability.md)
 	@tests/stack/bootstrap.sh test && exec .venv/bin/python tests/chaos/campaign.py \
 		$(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DOSES),--doses $(DOSES))
+
+TARGET = tar
+SECONDS = 3600
+fuzz:  ## Broken input for one parser, guided by coverage (TARGET=tar SECONDS=3600; its targets: TARGET=help)
+	@tests/stack/bootstrap.sh test && \
+		.venv/bin/python -m pip install -q --disable-pip-version-check --upgrade --target .cache/atheris 'atheris>=3,<4' && \
+		PYTHONPATH=.cache/atheris exec .venv/bin/python tests/worker/fuzz/guided.py $(TARGET) -max_total_time=$(SECONDS)
 
 compat:  ## The collection on ansible-core 2.17 and the newest, its modules by Python 3.9 (needs python3.9 and python3.12)
 	@tests/stack/bootstrap.sh test && exec tests/modules/compat.sh

@@ -33,6 +33,7 @@ PR_SET_CHILD_SUBREAPER = 36
 TIERS = {
     "modules": ("tests/modules", ["-n2", "--dist=loadfile"]),
     "unit": ("tests/worker/unit", ["-n2", "--dist=worksteal"]),
+    "fuzz": ("tests/worker/fuzz", ["-n2", "--dist=worksteal"]),
     "contract": ("tests/worker/contract", ["-n2", "--dist=worksteal"]),
     "integration": ("tests/worker/integration", ["-n2", "--dist=loadfile"]),
     "protocol": ("tests/worker/protocol", ["-n2", "--dist=worksteal"]),

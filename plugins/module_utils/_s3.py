@@ -29,6 +29,7 @@ try:
     import boto3
     from botocore import exceptions as aws
     from botocore.config import Config
+    from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
 
     BOTO3_ERROR = None
@@ -165,6 +166,9 @@ def operation(name: str) -> t.Callable[[Function], Function]:
                 raise StoreError(f"{name} {store.place(key)}: {unreachable(str(error))}") from error
             except KeyError as error:  # something before the store said 200 for nothing
                 said = f"the answer has no {error.args[0]}; is that the store's answer?"
+                raise StoreError(f"{name} {store.place(key)}: {said}") from error
+            except (ResponseParserError, ValueError, OverflowError) as error:
+                said = f"{str(error).splitlines()[0]}; is that the store's answer?"
                 raise StoreError(f"{name} {store.place(key)}: {said}") from error
 
         return asking  # type: ignore[return-value]

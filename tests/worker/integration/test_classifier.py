@@ -182,6 +182,28 @@ def test_a_batch_is_split_by_its_budget(models: Path, reads: list[tuple[Any, int
     assert got == pytest.approx([plain(SHORT.text, text) for text in texts], abs=1e-3)
 
 
+def test_a_batch_that_the_gpus_memory_does_not_hold_is_halved(
+    models: Path, reads: list[tuple[Any, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import Gemma2Model
+
+    classifier = Classifier(models, "cpu")
+    texts = [f"{word} " * 9 for word in ("one", "two", "red", "blue", "up")]
+    expected = [result[0].score for result in classifier.classify(texts, [SHORT])]
+    forward = Gemma2Model.forward
+
+    def small(self: Any, input_ids: Any = None, **options: Any) -> Any:
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(Gemma2Model, "forward", small)
+    got = [result[0].score for result in classifier.classify(texts, [SHORT])]
+    assert got == pytest.approx(expected, abs=1e-3)
+    assert classifier.classify(texts[:1], [SHORT])[0][0].score == pytest.approx(expected[0], abs=1e-3)
+
+
 def test_a_long_transcript_is_scored_in_chunks_and_the_highest_counts(
     models: Path, reads: list[tuple[Any, int]]
 ) -> None:

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from needed import missing
 
 from lab_audio import ledger
 from lab_audio.contracts import item_of
@@ -23,7 +24,7 @@ SECRET = "xyzzy"
 @pytest.fixture(autouse=True)
 def works(monkeypatch: pytest.MonkeyPatch) -> None:
     if problem := sandbox.problem():
-        pytest.skip(f"no sandbox here: {problem}")
+        missing(problem)
     monkeypatch.setattr(unpack_worker, "FFMPEG_PAUSES", (0, 0), raising=False)
 
 

@@ -18,7 +18,7 @@ import pytest
 from needed import missing
 
 from lab_audio.errors import Fatal, Permanent, Retryable
-from lab_audio.media import sandbox
+from lab_audio.media import sandbox, transcode
 from lab_audio.media.transcode import decode, duration, encode, ffmpeg_command
 
 SOUNDS = sorted((Path(__file__).parents[2] / "stack" / "sounds").rglob("*.mp3"))
@@ -138,7 +138,7 @@ class TestEncode:
             encoded = encode(source, folder / "x.opus", bitrate=24_000)
         argv = [ffmpeg_command(), "-v", "error", "-i", SPEECH, "-ac", "1", "-ar", "16000", "-f", "s16le", "-"]
         truth = numpy.frombuffer(subprocess.run(argv, capture_output=True, check=True).stdout, "<i2") / 32768
-        samples = decode(folder / "x.opus")
+        (samples,) = decode(folder / "x.opus")
         assert samples.dtype == numpy.float32 and samples.ndim == 1
         assert abs(encoded.seconds - len(truth) / 16_000) < 0.1
         assert abs(encoded.seconds - len(samples) / 16_000) < 0.001
@@ -314,14 +314,65 @@ class TestDecode:
 
     def test_missing_file(self, folder: Path) -> None:
         with pytest.raises(FileNotFoundError):
-            decode(folder / "x.opus")
+            next(decode(folder / "x.opus"))
 
     @pytest.mark.usefixtures("either_ffmpeg")
     @pytest.mark.parametrize("data", [b"", b"OggS", SPEECH.read_bytes()], ids=["empty", "magic", "mp3"])
     def test_not_opus(self, folder: Path, data: bytes) -> None:
         (folder / "x.opus").write_bytes(data)
         with pytest.raises(Permanent):
-            decode(folder / "x.opus", timeout=60)
+            next(decode(folder / "x.opus", timeout=60))
+
+    def test_a_long_recording_comes_in_windows_that_are_cut_where_it_is_quiet(
+        self, folder: Path, numpy: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encode(io.BytesIO(SPEECH.read_bytes() * 3), folder / "x.opus", bitrate=24_000)
+        (whole,) = decode(folder / "x.opus")
+        monkeypatch.setattr(transcode, "WINDOW_SECONDS", 4)
+        windows = list(decode(folder / "x.opus"))
+        assert numpy.array_equal(numpy.concatenate(windows), whole)
+        assert len(windows) > 4
+        assert all(0 < len(window) <= 4 * 16_000 for window in windows)
+        ends = [numpy.sqrt((window[-800:] ** 2).mean()) for window in windows[:-1]]
+        assert max(ends) < 0.3 * numpy.sqrt((whole**2).mean())
+
+    def test_two_hours_take_no_more_memory_than_a_window(self, folder: Path) -> None:
+        """Of 460 MB of samples. Silence, of which MP3 needs little: its frames hold nothing."""
+        frame = b"\xff\xe3\x18\xc4".ljust(72, b"\0")  # MPEG-2.5, 8 kb/s, 8 kHz, mono: 72 ms
+        encoded = encode(io.BytesIO(frame * 100_000), folder / "x.opus", bitrate=6_000)
+        assert encoded.seconds == pytest.approx(7200, abs=1)
+        tracemalloc.start()
+        try:
+            seconds = [len(window) / 16_000 for window in decode(folder / "x.opus", timeout=600)]
+            assert tracemalloc.get_traced_memory()[1] < 300_000_000
+        finally:
+            tracemalloc.stop()
+        assert sum(seconds) == pytest.approx(7200, abs=1)
+        assert max(seconds) <= transcode.WINDOW_SECONDS
+
+    def test_time_in_which_nobody_asks_for_a_window_does_not_count(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encode(io.BytesIO(SPEECH.read_bytes() * 20), folder / "x.opus", bitrate=24_000)
+        monkeypatch.setattr(transcode, "WINDOW_SECONDS", 4)
+        windows = decode(folder / "x.opus", timeout=30)
+        clock = time.monotonic
+        next(windows)
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 15)
+        next(windows)
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 3600)
+        windows.close()
+
+    def test_one_that_is_closed_early_leaves_no_program(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (folder / "x.opus").write_bytes(b"x")
+        fake_ffmpeg(tmp_path / "bin", monkeypatch, f"echo $$ > {tmp_path}/pids; exec cat /dev/zero")
+        monkeypatch.setattr(transcode, "WINDOW_SECONDS", 4)
+        windows = decode(folder / "x.opus", timeout=60)
+        next(windows)
+        windows.close()
+        assert ends(int((tmp_path / "pids").read_text()))
 
 
 class TestDuration:

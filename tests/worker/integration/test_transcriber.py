@@ -18,7 +18,7 @@ from needed import missing
 
 from lab_audio.contracts import Transcript
 from lab_audio.errors import ConfigError, Fatal
-from lab_audio.models.transcriber import UNKNOWN_LANGUAGE, Transcriber
+from lab_audio.models.transcriber import UNKNOWN_LANGUAGE, Transcriber, doubt_about
 
 from tests.stack import corpus, tiny_models
 
@@ -226,6 +226,51 @@ def test_missing_ambiguous_or_damaged_weights_are_a_wrong_setting(models: Path, 
     (whisper / "one" / "model.bin").write_bytes(b"half")
     with pytest.raises(ConfigError, match=r"MODELS_ROOT.*one cannot be loaded"):
         load()
+
+
+def test_what_repeats_itself_is_recorded_and_no_part_of_the_text(transcriber: Transcriber) -> None:
+    need(shutil.which("espeak-ng") is not None, "espeak-ng")
+    loop = " ".join(["I will not go to school today."] * 14)
+    spoken = subprocess.run(["espeak-ng", "-s", "160", "--stdout", loop], capture_output=True, check=True).stdout
+    loop_samples = decode("pipe:0", spoken)[: 29 * RATE]
+    said = transcriber.transcribe(loop_samples)
+    assert (said.speech, said.text) == (False, "")
+    assert {segment["doubt"] for segment in said.segments} == {"repetition"}
+    assert "school" in said.segments[0]["text"]
+    both = transcriber.transcribe(np.concatenate([loop_samples, silence(20), recording("kitchen.mp3")]))
+    assert corpus.word_error_rate([(corpus.true_texts()["kitchen.mp3"], both.text)]) <= 0.2
+    assert ["doubt" in segment for segment in both.segments] == [True, False]
+
+
+def test_whispers_own_bounds_say_what_is_made_up() -> None:
+    assert doubt_about("Thank you.", logprob=-1.2, no_speech=0.7) == "no speech"
+    assert doubt_about("Thank you.", logprob=-0.9, no_speech=0.7) is None
+    assert doubt_about("Thank you.", logprob=-1.2, no_speech=0.5) is None
+    assert doubt_about("you " * 50, logprob=-0.1, no_speech=0.1) == "repetition"
+    assert all(doubt_about(text, logprob=-0.5, no_speech=0.1) is None for text in corpus.true_texts().values())
+
+
+def test_a_batch_that_the_gpus_memory_does_not_hold_is_halved(
+    transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from whisperx.asr import WhisperModel
+
+    encode, sizes = WhisperModel.encode, []
+
+    def small(self: Any, features: Any) -> Any:
+        if features.ndim == 3:
+            sizes.append(len(features))
+            if len(features) > 1:
+                raise RuntimeError("CUDA failed with error out of memory")
+        return encode(self, features)
+
+    names = ["kitchen.mp3", "garden.mp3"]
+    sound = np.concatenate([part for name in names for part in (silence(20), recording(name))])
+    monkeypatch.setattr(WhisperModel, "encode", small)
+    said = transcriber.transcribe(sound)
+    assert sizes == [2, 1, 1]
+    truth = corpus.true_texts()
+    assert corpus.word_error_rate([(" ".join(truth[name] for name in names), said.text)]) <= 0.2
 
 
 def test_errors_of_the_gpu_are_fatal_and_others_are_not_hidden(

@@ -30,7 +30,7 @@ from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop, exit_code
 
 from disks import Disk
-from world import BATCH, MODELS, World, eventually, fake_decode, register
+from world import BATCH, MODELS, World, eventually, fake_decode, register, windows
 
 MIB = 1 << 20
 PR_SET_PDEATHSIG = 1
@@ -52,7 +52,7 @@ def encode_to(share: float) -> Callable[..., transcode.Encoded]:
     return encode
 
 
-def decode(opus: Path, *, timeout: float | None = None) -> bytes:
+def decode(opus: Path) -> bytes:
     return fake_decode(opus).split(b"\n")[0]
 
 
@@ -84,7 +84,7 @@ class Workers:
         settings = self.world.load(GpuSettings, UPLOAD_THREADS="4", DECODE_THREADS="2")
 
         def act() -> None:
-            transcode.decode = decode
+            transcode.decode = windows(decode)
             gpu_worker.work_slot(settings, lambda: MODELS, Stop())
 
         return self.start(act)
@@ -431,9 +431,9 @@ def test_an_archive_that_was_replaced_while_the_store_was_away_is_read_anew(
     here, inbox, held = unpacker(world, monkeypatch)
     read, tries = reader.read, []
 
-    def reading(stream: Any, size: int) -> Iterator[tar.Member]:
+    def reading(stream: Any, size: int, *, compressed: bool) -> Iterator[tar.Member]:
         tries.append(stream)
-        yield from read(stream, size)
+        yield from read(stream, size, compressed=compressed)
         if len(tries) == 1:
             world.client.delete("unpack")
             plant(world, 1, 2, 2000)

@@ -25,7 +25,7 @@ from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop
 
 import world as lab
-from world import MODELS, POISON, Effects, World, eventually, fake_decode
+from world import MODELS, POISON, Effects, World, eventually, fake_decode, windows
 
 NAMES = ["a.mp3", "b.mp3", "c.mp3"]
 
@@ -358,7 +358,7 @@ class TestLateDeletion:
 
     @pytest.fixture(autouse=True)
     def no_media(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(transcode, "decode", fake_decode)
+        monkeypatch.setattr(transcode, "decode", windows(fake_decode))
 
     @pytest.fixture
     def slot(self, world: World) -> Iterator[gpu_worker.Slot]:

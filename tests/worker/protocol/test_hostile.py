@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from hostile import FIRST, LAST, Case, cases
+from needed import missing
 
 from lab_audio import ledger
 from lab_audio.config import UnpackSettings
@@ -24,7 +23,7 @@ from world import World
 def test_what_is_to_become_of_each_becomes_of_it(world: World) -> None:
     """All cases, each a batch of its own, unpacked by one worker that none of them stops."""
     if problem := sandbox.problem():
-        (pytest.fail if os.environ.get("REQUIRE_ALL") == "1" else pytest.skip)(problem)
+        missing(problem)
     corpus = {world.BATCH(number): case for number, case in enumerate(cases())}
     assert len({case.name for case in corpus.values()}) == len(corpus) >= 150
     for batch_id, case in corpus.items():
@@ -66,7 +65,7 @@ def wrongs(world: World, batch_id: str, case: Case) -> Iterator[str]:
     if (case.flag or "") not in broken or bool(broken) != (case.flag is not None):
         yield f"it is flagged with {broken!r}, and not with {case.flag!r}"
     for name, why in case.dead.items():  # a name that is too long is cut
-        found = next((member for member in dead if member == name or (len(name) > 3 and member.startswith(name))), "")
+        found = name if name in dead else next((member for member in dead if member.startswith(name)), "")
         if why not in dead.pop(found, "it is not dead") or not found:
             yield f"{name} is not dead for {why!r}"
     if dead:

@@ -20,7 +20,18 @@ from lab_audio.workers import gpu_worker, transfer_sounds
 from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop
 
-from world import MODELS, ROOM, Idle, World, fake_classify, fake_decode, fake_transcribe, register, world_client
+from world import (
+    MODELS,
+    ROOM,
+    Idle,
+    World,
+    fake_classify,
+    fake_decode,
+    fake_transcribe,
+    register,
+    windows,
+    world_client,
+)
 
 NAMES = ["a.mp3", "b.mp3", "c.mp3"]
 
@@ -350,7 +361,7 @@ def test_a_slot_serves_until_its_list_is_empty(world: World, monkeypatch: pytest
     here = open_host(settings, Stop())
     slot, inbox = open_inbox(here, "gpu")
     monkeypatch.setattr(gpu_worker, "IDLE_SECONDS", 0)
-    monkeypatch.setattr(transcode, "decode", fake_decode)
+    monkeypatch.setattr(transcode, "decode", windows(fake_decode))
     gpu_worker.Slot(here, inbox, MODELS, settings, Idle(world_client(world), "h1")).run()
     slot.release()
     world.run("unpack")

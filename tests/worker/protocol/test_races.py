@@ -21,7 +21,18 @@ from lab_audio.workers import gpu_worker, transfer_sounds, unpack_worker
 from lab_audio.workers.host import Host, open_host, open_inbox, return_batch, return_leftovers
 from lab_audio.workers.loop import Stop
 
-from world import BATCH, MODELS, World, eventually, fake_classify, fake_decode, fake_encode, fake_transcribe, register
+from world import (
+    BATCH,
+    MODELS,
+    World,
+    eventually,
+    fake_classify,
+    fake_decode,
+    fake_encode,
+    fake_transcribe,
+    register,
+    windows,
+)
 
 NAMES = ["a.mp3", "b.mp3", "c.mp3"]
 ENCODING = unpack_worker.Encoding(24_000, 1)
@@ -29,7 +40,7 @@ ENCODING = unpack_worker.Encoding(24_000, 1)
 
 @pytest.fixture(autouse=True)
 def no_media(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transcode, "decode", fake_decode)
+    monkeypatch.setattr(transcode, "decode", windows(fake_decode))
     monkeypatch.setattr(transcode, "encode", fake_encode)
 
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,18 @@ from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop, exit_code
 from lab_audio.workers.recognition import Models
 
-from world import MODELS, POISON, Idle, World, fake_classify, fake_decode, fake_encode, fake_transcribe, world_client
+from world import (
+    MODELS,
+    POISON,
+    Idle,
+    World,
+    fake_classify,
+    fake_decode,
+    fake_encode,
+    fake_transcribe,
+    windows,
+    world_client,
+)
 
 NAMES = [f"{n}.mp3" for n in range(12)]
 SICK, HUNG = 70, 1
@@ -40,7 +51,7 @@ def gpu_process(
 
     def process() -> None:
         sys.stderr = (world.directory / "gpu.log").open("a")
-        transcode.decode = fake_decode
+        transcode.decode = windows(fake_decode)
         gpu_worker.IDLE_SECONDS = 0
         patch()
         stop = Idle(world_client(world), "h1")
@@ -151,7 +162,7 @@ def test_a_broken_ffmpeg_ends_its_process_and_blames_nothing(world: World, after
     unpacked(world)
 
     def broken() -> None:
-        transcode.decode = Sickens(fake_decode, Permanent("ffmpeg: Invalid data"), after)
+        transcode.decode = windows(Sickens(fake_decode, Permanent("ffmpeg: Invalid data"), after))
 
     assert gpu_process(world, patch=broken) == SICK
     assert "ffmpeg is broken" in said(world)
@@ -219,12 +230,12 @@ def test_what_a_healthy_ffmpeg_cannot_decode_is_set_aside_and_says_where(world: 
     bad = set(world.rows("SELECT item FROM audio_files WHERE member IN ('3.mp3', '4.mp3')"))
 
     def refusing() -> None:
-        def decode(opus: Path, **options: Any) -> bytes:
+        def decode(opus: Path) -> bytes:
             if (opus.stem,) in bad:
                 raise Permanent("ffmpeg: Invalid data")
             return fake_decode(opus)
 
-        transcode.decode = decode
+        transcode.decode = windows(decode)
 
     assert gpu_process(world, patch=refusing) == 0
     dead = world.rows("SELECT member, attempts, host, reason FROM audio_files WHERE state = 'dead' ORDER BY member")
@@ -356,7 +367,7 @@ def test_a_full_scratch_costs_nothing_but_the_copy_of_results(world: World) -> N
 @pytest.fixture
 def slot(world: World, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A slot in this process, with a batch that is ready for it."""
-    monkeypatch.setattr(transcode, "decode", fake_decode)
+    monkeypatch.setattr(transcode, "decode", windows(fake_decode))
     unpacked(world, NAMES[:3])
     settings, stop = world.load(GpuSettings), Stop()
     here = open_host(settings, stop)
@@ -490,7 +501,7 @@ def unfinished_on(name: str, times: int, world: World) -> Callable[[], None]:
     """An ffmpeg that does not end with one recording, so often, over all processes."""
 
     def patch() -> None:
-        def decode(opus: Path, **options: Any) -> bytes:
+        def decode(opus: Path) -> bytes:
             samples = fake_decode(opus)
             marks = len(list(world.directory.glob("unfinished.*")))
             if samples == name.encode() and marks < times:
@@ -498,7 +509,7 @@ def unfinished_on(name: str, times: int, world: World) -> Callable[[], None]:
                 raise transcode.Unfinished("ffmpeg was killed")
             return samples
 
-        transcode.decode = decode
+        transcode.decode = windows(decode)
 
     return patch
 
@@ -524,14 +535,68 @@ def test_a_recording_whose_decoding_never_ends_is_the_only_one_set_aside(world: 
     assert reason == "given up after 2 attempts: its worker turned sick: ffmpeg was killed"
 
 
+def three_windows() -> None:
+    def decode(opus: Path, *, timeout: float | None = None) -> Iterator[bytes]:
+        if fake_decode(opus) != b"3.mp3":
+            yield fake_decode(opus)
+            return
+        yield from (b"one", b"two", b"three")
+
+    transcode.decode = decode
+
+
+def test_a_long_recording_is_heard_window_by_window(world: World) -> None:
+    unpacked(world)
+    assert gpu_process(world, patch=three_windows) == 0
+    assert set(states(world).values()) == {("done", 1)}
+    ((text, segments),) = world.rows(
+        "SELECT text, segments FROM transcripts JOIN audio_files USING (audio_id) WHERE member = '3.mp3'"
+    )
+    assert text == "one two three"
+    assert [segment["text"] for segment in segments] == ["one", "two", "three"]
+    starts = [segment["start"] for segment in segments]
+    assert starts == [0, round(3 / transcode.SAMPLE_RATE, 3), round(6 / transcode.SAMPLE_RATE, 3)]
+
+
+def test_one_that_is_asked_to_stop_does_not_wait_for_the_rest_of_a_long_recording(world: World) -> None:
+    unpacked(world, ["3.mp3"])
+
+    def transcribe(samples: bytes) -> Transcript:
+        if samples == b"one":
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert samples != b"two"
+        return fake_transcribe(samples)
+
+    assert gpu_process(world, Models(transcribe, fake_classify), patch=three_windows) == 0
+    assert nothing_is_blamed(world)
+    assert pending_jobs_are_on_the_list(world)
+    assert gpu_process(world, patch=three_windows) == 0
+    assert set(states(world).values()) == {("done", 1)}
+
+
+def test_what_cannot_be_decoded_in_the_middle_is_the_only_one_set_aside(world: World) -> None:
+    unpacked(world)
+
+    def patch() -> None:
+        def decode(opus: Path, *, timeout: float | None = None) -> Iterator[bytes]:
+            yield fake_decode(opus)
+            if fake_decode(opus) == b"3.mp3":
+                raise Permanent("ffmpeg: Invalid data")
+
+        transcode.decode = decode
+
+    assert gpu_process(world, patch=patch) == 0
+    assert states(world) == {**dict.fromkeys(NAMES, ("done", 1)), "3.mp3": ("dead", 1)}
+
+
 def killing_as_it_is_decoded() -> None:
-    def decode(opus: Path, **options: Any) -> bytes:
+    def decode(opus: Path) -> bytes:
         samples = fake_decode(opus)
         if samples.startswith(POISON):
             os.kill(os.getpid(), signal.SIGKILL)
         return samples
 
-    transcode.decode = decode
+    transcode.decode = windows(decode)
 
 
 def test_beside_a_recording_that_was_tried_none_is_decoded(world: World) -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,8 +49,17 @@ def fake_encode(mp3: BinaryIO, opus: Path, *, bitrate: int, timeout: float | Non
     return transcode.Encoded(seconds=1.0, sha256="0" * 64, size=1)
 
 
-def fake_decode(opus: Path, *, timeout: float | None = None) -> bytes:
+def fake_decode(opus: Path) -> bytes:
     return b"canary" if opus == canary.OPUS else opus.read_bytes()
+
+
+def windows(decode: Callable[[Path], bytes]) -> Callable[..., Iterator[bytes]]:
+    """A decoder that gives all as one window."""
+
+    def windowed(opus: Path, *, timeout: float | None = None) -> Iterator[bytes]:
+        yield decode(opus)
+
+    return windowed
 
 
 def fake_transcribe(samples: bytes) -> Transcript:
@@ -224,7 +233,7 @@ class World:
             log.configure()
             code = 1
             try:
-                transcode.encode, transcode.decode = fake_encode, fake_decode
+                transcode.encode, transcode.decode = fake_encode, windows(fake_decode)
                 transcode.duration = lambda opus: 1.0
                 host_duties.open_bucket = s3_utils.open_bucket = lambda settings: self.workers_bucket
                 if mutant is not None:

@@ -7,11 +7,12 @@ import gzip
 import hashlib
 import io
 import lzma
+import random
 import resource
 import stat
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,13 @@ def entry(name: str, kind: bytes = tarfile.REGTYPE, **more: object) -> tarfile.T
     return info
 
 
-def read_all(data: bytes, most: int = 1 << 30) -> tuple[list[tuple[str, bytes | None, str | None]], str | None]:
+def read_all(
+    data: bytes, most: int = 1 << 30, *, compressed: bool = False
+) -> tuple[list[tuple[str, bytes | None, str | None]], str | None]:
     """What was read, and why it ended early."""
     found: list[tuple[str, bytes | None, str | None]] = []
     try:
-        for member in archive.read(Pipe(data, most)):
+        for member in archive.read(Pipe(data, most), compressed=compressed):
             content = member.file.read() if member.file else None
             found.append((member.name, content, member.problem))
     except archive.ArchiveBroken as error:
@@ -254,6 +257,27 @@ def test_compressed_archives_are_named(pack: object, kind: str) -> None:
     for content in (b"x", bytes(range(256)) * 40):
         found, broken = read_all(pack(foreign((entry("a.mp3"), content))))  # type: ignore[operator]
         assert (found, broken) == ([], f"is {kind}-compressed; only plain tar is taken")
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_archives_are_taken_where_they_are_allowed(pack: Callable[[bytes], bytes]) -> None:
+    plain = foreign((entry("a.mp3"), random.Random(1).randbytes(300_000)), (entry("b.mp3"), b""))
+    data = pack(plain)
+    assert read_all(data, compressed=True) == read_all(plain)
+    if pack is not bytes:
+        for broken in (data[: len(data) // 2], data[:-9], data[:1000] + bytes(50) + data[1050:]):
+            said = read_all(broken, compressed=True)[1]
+            assert said and ("truncated" in said or "compression is broken" in said)
+    bomb = pack(foreign((entry("a.mp3"), bytes(30 << 20))))
+    said = read_all(bomb, compressed=True)[1]
+    assert said == (None if pack is bytes else "unpacks to more than 100 times its size")
+
+
+def test_members_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "MAX_MEMBERS", 3)
+    data = foreign(*((entry(f"{n}.mp3"), b"x") for n in range(4)))
+    found, broken = read_all(data)
+    assert (len(found), broken) == (3, "more than 3 members")
 
 
 def test_a_member_whose_name_looks_compressed_is_taken() -> None:

@@ -140,6 +140,10 @@ class UnpackSettings(LedgerSettings, QueueSettings, S3Settings, MediaSettings):
         ge=1,
         description="Recordings encoded at once (default: one a core)",
     )
+    compressed_archives: bool = Field(
+        False,
+        description="Take archives packed with gzip, bzip2 or xz, up to 100 times their size; else they are refused",
+    )
     opus_bitrate: int = Field(24_000, ge=6_000, le=256_000, description="Bits per second of the kept Opus")
 
 

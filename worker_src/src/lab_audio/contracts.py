@@ -171,6 +171,7 @@ class SourceFile:
 class Transcript:
     """What was said. `segments`: dicts with start and end in seconds, text, and words where aligned.
 
+    A segment with `doubt` (`repetition`, `no speech`) was hardly said; it is no part of the text.
     `speech` is False where nothing was said; text is then empty and is not classified.
     """
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
 import errno
+import gzip
 import hashlib
 import io
+import lzma
 import os
 import struct
 import tarfile
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 from lab_audio.contracts import MAX_INTEGER, SourceFile, item_of
 from lab_audio.errors import Fatal, LabAudioError, Permanent, Retryable
@@ -20,6 +24,8 @@ BLOCK = 512
 RECORD = 20 * BLOCK
 CHUNK = 1 << 20
 MAX_HEADER_BYTES = 1 << 20
+MAX_MEMBERS = 100_000
+MAX_RATIO = 100  # of a compressed archive's content to itself; sound hardly packs
 
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -27,6 +33,11 @@ _COMPRESSED = {
     b"\xfd7zXZ\0": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK\x03\x04": "zip",
+}
+_OPENERS: dict[bytes, Callable[[Any], Readable]] = {
+    b"\x1f\x8b": lambda packed: gzip.GzipFile(fileobj=packed),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": lzma.LZMAFile,
 }
 _NOT_A_FILE = {
     tarfile.SYMTYPE: "is a symbolic link, not a file",
@@ -148,17 +159,20 @@ def _pax_record(key: bytes, value: bytes) -> bytes:
     return b"%d%s" % (length, rest)
 
 
-def read(stream: Readable) -> Iterator[Member]:
-    """The entries of a plain tar, in order, without directories; `stream` is read once, to its end.
+def read(stream: Readable, *, compressed: bool = False) -> Iterator[Member]:
+    """The entries of a tar, in order, without directories; `stream` is read once, to its end.
 
-    Raises ArchiveBroken, after all members before the damage, where the archive is truncated, garbled or
-    not a plain tar; reading a member that is cut off raises it too. What `stream` raises passes through.
+    `compressed`: it may be packed with gzip, bzip2 or xz, into no less than 1 / MAX_RATIO of its size.
+    Raises ArchiveBroken, after all members before the damage, where the archive is truncated, garbled, too large or
+    not a tar; reading a member that is cut off raises it too. What `stream` raises passes through.
     """
-    forward = _Forward(stream)
+    forward = _Forward(_unpacked(stream) if compressed else stream)
     seen: dict[int, int] = {}
     for info in _entries(forward):
         if info.isdir():
             continue
+        if len(seen) == MAX_MEMBERS:
+            raise ArchiveBroken(f"more than {MAX_MEMBERS} members")
         name, repeated = _unique(_clean(info.name), seen)
         problem = _problem(info) or ("name occurs twice" if repeated else None)
         file = None if problem else cast(BinaryIO, io.BufferedReader(_Body(forward, info.size), 1 << 16))
@@ -291,6 +305,56 @@ class _Forward:
 
     def close(self) -> None:
         """tarfile closes what it opened; the stream is the caller's."""
+
+
+def _unpacked(stream: Readable) -> Readable:
+    """The bytes of an archive that may be compressed."""
+    packed = _Packed(stream)
+    for magic, opener in _OPENERS.items():
+        if packed.head.startswith(magic):
+            return _Unpacked(packed, opener(packed))
+    return packed
+
+
+class _Packed:
+    """A stream whose first bytes are looked at before it is read, and that counts how many were read."""
+
+    def __init__(self, stream: Readable) -> None:
+        self._raw = _Raw(stream)
+        self._buffer = io.BufferedReader(self._raw, CHUNK)
+        self.head = self._next = self._buffer.read(max(map(len, _OPENERS)))
+        self.position = 0
+
+    @property
+    def failure(self) -> BaseException | None:
+        return self._raw.failure
+
+    def read(self, size: int = -1, /) -> bytes:
+        data, self._next = (self._next[:size], self._next[size:]) if self._next else (self._buffer.read1(size), b"")
+        self.position += len(data)
+        return data
+
+
+class _Unpacked:
+    """What a compressed stream holds. Raises ArchiveBroken where it is damaged, or unpacks to too much."""
+
+    def __init__(self, packed: _Packed, opened: Readable) -> None:
+        self._packed, self._opened = packed, opened
+        self._position = 0
+
+    def read(self, size: int = -1, /) -> bytes:
+        try:
+            data = self._opened.read(size)
+        except EOFError:
+            raise ArchiveBroken("archive is truncated") from None
+        except (OSError, zlib.error, lzma.LZMAError) as error:
+            if self._packed.failure:
+                raise
+            raise ArchiveBroken(f"its compression is broken ({error})") from None
+        self._position += len(data)
+        if self._position > MAX_RATIO * self._packed.position + CHUNK:
+            raise ArchiveBroken(f"unpacks to more than {MAX_RATIO} times its size")
+        return data
 
 
 class _Raw(io.RawIOBase):

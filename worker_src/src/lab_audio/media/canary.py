@@ -19,9 +19,10 @@ SECONDS = 20  # that ffmpeg may take; it needs a tenth of one
 
 
 def decode() -> Any:
-    """The canary's samples, as `transcode.decode` gives them. Raises Fatal if ffmpeg is broken here."""
+    """The canary's samples: the one window that `transcode.decode` gives. Raises Fatal if ffmpeg is broken here."""
     try:
-        return transcode.decode(OPUS, timeout=SECONDS)
+        (samples,) = transcode.decode(OPUS, timeout=SECONDS)
+        return samples
     except (Permanent, OSError) as error:
         raise _broken("decode", OPUS, error) from error
 

@@ -35,12 +35,12 @@ BROKEN = 0xFFFFFFFF
 ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL")  # no secret is among them
 
 
-def read(stream: Readable, size: int) -> Iterator[Member]:
+def read(stream: Readable, size: int, *, compressed: bool = False) -> Iterator[Member]:
     """The entries of an archive of so many bytes, as `archive.read` finds them.
 
     Raises ArchiveBroken also where the parser dies over it. What `stream` raises passes through.
     """
-    with _parser("read", stream, size) as frames:
+    with _parser("unpack" if compressed else "read", stream, size) as frames:
         while entry := frames.entry():
             name, problem = entry["name"], entry["problem"]
             body = None if problem else _Body(frames)
@@ -162,7 +162,9 @@ def _main(what: str, seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + PATIENCE))
     with open(0, "rb", buffering=0) as stdin, open(1, "wb", buffering=CHUNK) as out:
         try:
-            for entry in archive.read(stdin) if what == "read" else archive.sources(stdin):
+            for entry in (
+                archive.sources(stdin) if what == "sources" else archive.read(stdin, compressed=what == "unpack")
+            ):
                 if isinstance(entry, Member):
                     _tell(out, {"name": entry.name, "size": entry.size, "problem": entry.problem})
                     if entry.file is not None:

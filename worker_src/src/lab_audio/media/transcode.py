@@ -15,8 +15,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,8 @@ from lab_audio.media import sandbox
 
 SAMPLE_RATE = 16_000
 LONGEST = 3600.0  # seconds of work, where no timeout is given
+WINDOW_SECONDS = 1200  # of sound that are in memory at once: 77 MB
+PAUSE_SECONDS = 30  # at a window's end, in which the quietest moment is where it is cut
 STOPPED_BY_SIGNAL = 255  # how ffmpeg ends when it is asked to
 _BLOCK = 1 << 16
 _STDERR_KEPT = 1 << 13
@@ -91,17 +93,13 @@ def encode(mp3: BinaryIO, opus: Path, *, bitrate: int, timeout: float | None = N
     part = opus.with_name(f"{opus.name}.part")
     digest, size = hashlib.sha256(), 0
     try:
-        with part.open("wb", buffering=0) as file:
-
-            def keep(block: bytes) -> None:
-                nonlocal size
+        with part.open("wb", buffering=0) as file, closing(_output(argv, mp3, timeout)) as output:
+            for block in output:
                 left = memoryview(block)
                 while left:
                     left = left[file.write(left) :]
                 digest.update(block)
                 size += len(block)
-
-            _run(argv, mp3, keep, timeout)
             os.fsync(file.fileno())
         seconds = duration(part) if size else 0.0
         if not seconds:
@@ -112,33 +110,47 @@ def encode(mp3: BinaryIO, opus: Path, *, bitrate: int, timeout: float | None = N
     return Encoded(seconds, digest.hexdigest(), size)
 
 
-def decode(opus: Path, *, timeout: float | None = None) -> Any:
-    """Samples of an Opus file: a float32 array of shape (n,), mono, 16 kHz, in [-1, 1].
+def decode(opus: Path, *, timeout: float | None = None) -> Generator[Any, None, None]:
+    """Samples of an Opus file, in windows: float32 arrays of shape (n,), mono, 16 kHz, in [-1, 1].
 
+    A recording of at most WINDOW_SECONDS is one window; a longer one is cut where it is quiet, and decoded no faster
+    than it is asked for. `timeout` is of ffmpeg's own seconds. Close it if it is not read to the end.
     Raises FileNotFoundError; Permanent if it cannot be decoded, Unfinished if not in `timeout` seconds; Fatal.
     """
-    import numpy as np
-
     argv = [ffmpeg_command(), *_QUIET]
     argv += ["-protocol_whitelist", "pipe", "-f", "ogg", "-i", "pipe:0"]
-    argv += [
-        "-map",
-        "0:a:0",
-        "-ac",
-        "1",
-        "-ar",
-        str(SAMPLE_RATE),
-        "-c:a",
-        "pcm_s16le",
-        "-f",
-        "s16le",
-        "pipe:1",
-    ]
+    argv += ["-map", "0:a:0", "-ac", "1", "-ar", str(SAMPLE_RATE), "-c:a", "pcm_s16le", "-f", "s16le", "pipe:1"]
     samples = bytearray()
-    with opus.open("rb") as file:
-        _run(argv, file, samples.extend, timeout)
-    if not samples:
+    heard = False
+    with opus.open("rb") as file, closing(_output(argv, file, timeout)) as output:
+        for block in output:
+            samples += block
+            while len(samples) > 2 * SAMPLE_RATE * WINDOW_SECONDS:
+                end = 2 * _quiet_moment(samples)
+                window = _floats(samples[:end])
+                del samples[:end]
+                heard = True
+                yield window
+    if samples:
+        yield _floats(samples)
+    elif not heard:
         raise Permanent(f"{opus.name}: there is no sound in it")
+
+
+def _quiet_moment(samples: bytearray) -> int:
+    """Where to cut a full window of 16-bit samples: in the middle of the quietest tenth of a second near its end."""
+    import numpy as np
+
+    tenth, end = SAMPLE_RATE // 10, SAMPLE_RATE * WINDOW_SECONDS
+    start = end - min(PAUSE_SECONDS, WINDOW_SECONDS // 2) * SAMPLE_RATE
+    tail = np.frombuffer(bytes(samples[2 * start : 2 * end]), dtype="<i2").astype(np.float32)
+    loudness = np.square(tail.reshape(-1, tenth)).sum(axis=1)
+    return start + int(loudness.argmin()) * tenth + tenth // 2
+
+
+def _floats(samples: bytearray) -> Any:
+    import numpy as np
+
     return np.frombuffer(samples, dtype="<i2").astype(np.float32) / np.float32(32768)
 
 
@@ -166,13 +178,13 @@ def duration(opus: Path) -> float:
     raise Permanent(f"{opus.name} is cut off")
 
 
-def _run(argv: list[str], source: BinaryIO, sink: Callable[[bytes], object], timeout: float | None) -> None:
-    """Run a program, `source` its input, its output to `sink`; every program of this room is started here.
+def _output(argv: list[str], source: BinaryIO, timeout: float | None) -> Generator[bytes, None, None]:
+    """What a program makes of `source`, its input; every program of this room is started here.
 
     Raises Permanent with its last words if it fails, Unfinished if it is killed or not done in time, Fatal if somebody
-    ended it. However this ends, the program's process group has ended.
+    ended it. However this ends, also where it is closed before, the program's process group has ended. The time in
+    which nobody asks for more does not count.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
     try:
         process = subprocess.Popen(
             sandbox.enclosed(argv, math.ceil(timeout or LONGEST)),
@@ -184,10 +196,10 @@ def _run(argv: list[str], source: BinaryIO, sink: Callable[[bytes], object], tim
         )
     except OSError as error:
         raise Fatal(f"{argv[0]} cannot be started: {error.strerror}") from error
+    words = bytearray()
     try:
-        words = _pump(process, source, sink, deadline)
-        process.wait(None if deadline is None else max(0, deadline - time.monotonic()))
-    except (TimeoutError, subprocess.TimeoutExpired):
+        yield from _pump(process, source, words, timeout)
+    except subprocess.TimeoutExpired:
         raise Unfinished(f"ffmpeg was not done with it in {timeout:g} seconds") from None
     finally:
         if process.returncode is None:
@@ -210,15 +222,12 @@ def _run(argv: list[str], source: BinaryIO, sink: Callable[[bytes], object], tim
 
 
 def _pump(
-    process: subprocess.Popen[bytes],
-    source: BinaryIO,
-    sink: Callable[[bytes], object],
-    deadline: float | None,
-) -> bytes:
-    """Serve the three pipes at once until the outputs end; return the end of stderr. Raises TimeoutError."""
+    process: subprocess.Popen[bytes], source: BinaryIO, words: bytearray, timeout: float | None
+) -> Iterator[bytes]:
+    """Serve the three pipes until the program has ended; `words` is the end of stderr. Raises TimeoutExpired."""
     assert process.stdin and process.stdout and process.stderr
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
     waiting: memoryview | None = memoryview(b"")
-    words = b""
     outputs = {process.stdout, process.stderr}
     os.set_blocking(process.stdin.fileno(), False)
     with selectors.DefaultSelector() as ready:
@@ -226,10 +235,10 @@ def _pump(
         for output in outputs:
             ready.register(output, selectors.EVENT_READ)
         while outputs:
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                raise TimeoutError
-            for key, _events in ready.select(left):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise subprocess.TimeoutExpired(process.args, timeout or 0)
+            for key, _events in ready.select(None if timeout is None else left):
                 if key.fileobj is process.stdin:
                     waiting = waiting or memoryview(source.read(_BLOCK))
                     # A program that has heard enough closes its end.
@@ -243,16 +252,19 @@ def _pump(
                         process.stdin.close()
                 elif block := os.read(key.fd, _BLOCK):
                     if key.fileobj is process.stdout:
-                        sink(block)
+                        given = time.monotonic()
+                        yield block
+                        deadline += time.monotonic() - given
                     else:
-                        words = (words + block)[-_STDERR_KEPT:]
+                        words += block
+                        del words[:-_STDERR_KEPT]
                 else:
                     ready.unregister(key.fileobj)
                     outputs.discard(key.fileobj)
-    return words
+    process.wait(None if timeout is None else max(0, deadline - time.monotonic()))
 
 
-def _last_words(words: bytes) -> str:
+def _last_words(words: bytearray) -> str:
     """The last line that tells what went wrong, fit for a log: no addresses, nothing unprintable."""
     lines = []
     for line in words.decode(errors="replace").splitlines():

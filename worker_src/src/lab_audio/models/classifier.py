@@ -18,9 +18,11 @@ from typing import Any
 
 from lab_audio.contracts import Classification
 from lab_audio.errors import ConfigError, Fatal
+from lab_audio.log import get_logger
 from lab_audio.models.revision import revision
 from lab_audio.models.runtime import (
     gpu_errors_are_fatal,
+    is_out_of_memory,
     loading,
     model_directories,
     offline_imports,
@@ -245,15 +247,27 @@ class Classifier:
         while order:
             width = prefix.tokens + len(tails[order[-1]])
             count = max(1, min(len(order), self._batch_tokens // width))
-            batch, order = order[-count:], order[:-count]
-            cache = copy.deepcopy(prefix.cache)
-            if count > 1:
-                cache.batch_repeat_interleave(count)
-            for i, score in zip(batch, self._read(cache, [tails[i] for i in batch]), strict=True):
+            batch = order[-count:]
+            try:
+                read = self._read_after(prefix, [tails[i] for i in batch])
+            except RuntimeError as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+                self._batch_tokens = width * count // 2
+                get_logger().warning("GPU memory is short: smaller batches from now on", tokens=self._batch_tokens)
+                continue
+            del order[-count:]
+            for i, score in zip(batch, read, strict=True):
                 scores[i] = score
         if not all(map(math.isfinite, scores)):
             raise Fatal("the classifier's scores are not numbers: its weights or the GPU are broken")
         return scores
+
+    def _read_after(self, prefix: _Prefix, rows: list[list[int]]) -> list[float]:
+        cache = copy.deepcopy(prefix.cache)
+        if len(rows) > 1:
+            cache.batch_repeat_interleave(len(rows))
+        return self._read(cache, rows)
 
     def _read(self, cache: Any, rows: list[list[int]]) -> list[float]:
         """Read token ids after what the cache holds, which grows; P("1") after each row.

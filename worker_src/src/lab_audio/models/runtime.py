@@ -42,10 +42,15 @@ def gpu_errors_are_fatal(device: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, AssertionError, ValueError) as error:
-        # Out of memory is no sickness: the recording is tried again, alone.
-        if _GPU_ERROR.search(str(error)) and "out of memory" not in str(error).lower():
+        # Out of memory is no sickness: less is tried at once, at last the recording alone.
+        if _GPU_ERROR.search(str(error)) and not is_out_of_memory(error):
             raise Fatal(f"the GPU failed ({device}): {str(error).strip().splitlines()[0]}") from error
         raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the GPU's memory did not do."""
+    return "out of memory" in str(error).lower()
 
 
 @contextmanager

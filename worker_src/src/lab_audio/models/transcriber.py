@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from lab_audio.log import get_logger
 from lab_audio.models.revision import revision
 from lab_audio.models.runtime import (
     gpu_errors_are_fatal,
+    is_out_of_memory,
     loading,
     model_directories,
     offline_imports,
@@ -33,6 +36,7 @@ RATE = 16_000
 WINDOW = 30  # seconds that Whisper hears at once
 SHORTEST = RATE // 10  # samples; less than this is not speech
 UNKNOWN_LANGUAGE = "und"
+MAX_COMPRESSION, MAX_NO_SPEECH, MIN_LOGPROB = 2.4, 0.6, -1.0
 
 
 class Transcriber:
@@ -87,19 +91,23 @@ class Transcriber:
                 return self._silence()
             language = self._language or self._detect(samples[spans[0][0] :])
             segments = self._decode(samples, spans, language)
-            text = " ".join(segment["text"] for segment in segments)
+            text = " ".join(segment["text"] for segment in segments if "doubt" not in segment)
             if not text:
-                return self._silence()
+                return self._silence(segments)
             aligner = self._aligner(language) if self._align else None
             if aligner:
-                segments = [part for segment in segments for part in self._aligned(segment, samples, *aligner)]
+                segments = [
+                    part
+                    for segment in segments
+                    for part in ([segment] if "doubt" in segment else self._aligned(segment, samples, *aligner))
+                ]
         return Transcript(text=text, language=language, segments=segments, speech=True, model=self.revision)
 
-    def _silence(self) -> Transcript:
+    def _silence(self, doubtful: Sequence[dict[str, Any]] = ()) -> Transcript:
         return Transcript(
             text="",
             language=self._language or UNKNOWN_LANGUAGE,
-            segments=[],
+            segments=list(doubtful),
             speech=False,
             model=self.revision,
         )
@@ -145,19 +153,55 @@ class Transcriber:
     ) -> list[dict[str, Any]]:
         import torch
 
-        tokenizer = self._tokenizer(language)
         segments = []
-        for first in range(0, len(spans), self._batch_size):
-            batch = spans[first : first + self._batch_size]
-            mels = torch.stack([self._mel(samples[start:end]) for start, end in batch])
-            out = self._model.generate_segment_batched(mels, tokenizer, self._pipeline.options)
-            for (start, end), text, logprob in zip(batch, out["text"], out["avg_logprob"], strict=True):
-                # PostgreSQL's text cannot hold NUL, which Whisper's vocabulary can spell.
-                words = text.replace("\x00", "").strip()
+        while spans:
+            batch, rest = spans[: self._batch_size], spans[self._batch_size :]
+            try:
+                said = self._listen([samples[start:end] for start, end in batch], language)
+            except RuntimeError as error:
+                if len(batch) == 1 or not is_out_of_memory(error):
+                    raise
+                self._batch_size = len(batch) // 2
+                torch.cuda.empty_cache()  # CTranslate2 cannot use what torch keeps for later
+                get_logger().warning("GPU memory is short: smaller batches from now on", windows=self._batch_size)
+                continue
+            for (start, end), (words, logprob, no_speech) in zip(batch, said, strict=True):
                 if words:
                     segment = {"start": round(start / RATE, 3), "end": round(end / RATE, 3), "text": words}
-                    segments.append(_plain({**segment, "avg_logprob": logprob}))
+                    doubt = doubt_about(words, logprob, no_speech)
+                    segments.append(_plain({**segment, "avg_logprob": logprob, "doubt": doubt}))
+            spans = rest
         return segments
+
+    def _listen(self, windows: list[NDArray[np.float32]], language: str) -> list[tuple[str, float, float]]:
+        """For each window its text, the mean log probability of its tokens, and the probability of no speech."""
+        import torch
+
+        options, tokenizer = self._pipeline.options, self._tokenizer(language)
+        prompt = self._model.get_prompt(tokenizer, [], without_timestamps=options.without_timestamps)
+        results = self._model.model.generate(
+            self._model.encode(torch.stack([self._mel(window) for window in windows])),
+            [prompt] * len(windows),
+            beam_size=options.beam_size,
+            patience=options.patience,
+            length_penalty=options.length_penalty,
+            repetition_penalty=options.repetition_penalty,
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
+            max_length=self._model.max_length,
+            suppress_blank=options.suppress_blank,
+            suppress_tokens=options.suppress_tokens,
+            return_scores=True,
+            return_no_speech_prob=True,
+        )
+        said = []
+        for result in results:
+            tokens = result.sequences_ids[0]
+            text = tokenizer.tokenizer.decode([token for token in tokens if token < tokenizer.eot])
+            # A score is the sum over the tokens, and their end, divided by their number to the power of the penalty.
+            logprob = result.scores[0] * len(tokens) ** options.length_penalty / (len(tokens) + 1)
+            # PostgreSQL's text cannot hold NUL, which Whisper's vocabulary can spell.
+            said.append((text.replace("\x00", "").strip(), logprob, result.no_speech_prob))
+        return said
 
     def _aligner(self, language: str) -> tuple[Any, Any] | None:
         """The aligner of a language, loaded once; None where its model or sentence splitter is missing."""
@@ -189,6 +233,19 @@ class Transcriber:
         whole = "".join(sentence["text"] for sentence in sentences)
         complete = "".join(whole.split()) == "".join(segment["text"].split())
         return sentences if complete and all("start" in s and "end" in s for s in sentences) else [segment]
+
+
+def doubt_about(text: str, logprob: float, no_speech: float) -> str | None:
+    """Why a window's text was hardly said: `repetition` or `no speech`, by the bounds of Whisper's authors.
+
+    A text that gzip compresses by more than 2.4 repeats itself; one of which the model thinks with more than 0.6 that
+    nothing was said, and whose tokens are on average less likely than 1/e, is made up.
+    Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision (2022), section 4.5.
+    """
+    data = text.encode()
+    if len(data) > MAX_COMPRESSION * len(zlib.compress(data)):
+        return "repetition"
+    return "no speech" if no_speech > MAX_NO_SPEECH and logprob < MIN_LOGPROB else None
 
 
 def find_whisper(models_root: Path) -> Path:

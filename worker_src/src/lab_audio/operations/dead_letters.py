@@ -94,7 +94,7 @@ def save(stores: Stores, name: str, path: Path) -> int:
     part = path.with_name(f"{path.name}.part")
     try:
         with s3_utils.open_archive(info, bucket=stores.bucket) as stream:
-            for member in reader.read(cast(BinaryIO, stream), info.size):
+            for member in reader.read(cast(BinaryIO, stream), info.size, compressed=True):
                 if item_of(member.name) == found["item"]:
                     if member.file is None:
                         raise Permanent(f"{found['member']} {member.problem}: there is nothing to save")

@@ -172,6 +172,6 @@ def member_names(stores: Stores, batch_id: str) -> dict[str, str]:
     except NotFound:
         return names
     with s3_utils.open_archive(info, bucket=stores.bucket) as stream, suppress(ArchiveBroken):
-        for member in reader.read(cast(BinaryIO, stream), info.size):
+        for member in reader.read(cast(BinaryIO, stream), info.size, compressed=True):
             names[item_of(member.name)] = member.name
     return names

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -55,7 +55,7 @@ from lab_audio.workers.host import (
     tidy_batch,
 )
 from lab_audio.workers.loop import Stop, Stopped, exit_code, in_background, patiently
-from lab_audio.workers.recognition import Models, load_models, prove, watchdog
+from lab_audio.workers.recognition import Models, joined, load_models, prove, watchdog
 
 IDLE_SECONDS = 2
 WATCH_SECONDS = 1.0
@@ -70,13 +70,15 @@ RESULT: TypeAdapter[Result] = TypeAdapter(Result)
 class Work:
     """A claimed job on its way through the process: `samples` until the models heard it, then `result` or `failure`.
 
-    `begun`: an attempt was counted for it here. `refused`: what failed will fail again.
+    A long recording is decoded in `windows`, of which `samples` is the one at hand. `begun`: an attempt was counted
+    for it here. `refused`: what failed will fail again.
     """
 
     job: str
     item: Item
     opus: Path
     begun: bool = False
+    windows: Generator[Any, None, None] | None = None
     samples: Any = None
     result: Result | None = None
     failure: str | None = None
@@ -97,6 +99,11 @@ class Work:
             return self.result_path.exists()
         except OSError:
             return False
+
+    def forget_sound(self) -> None:
+        self.samples = None
+        if self.windows is not None:
+            self.windows.close()
 
     def went_wrong(self, error: Exception) -> None:
         """Note what failed, as text: the error itself would keep memory of the models from being used again."""
@@ -203,12 +210,15 @@ class Slot:
         return work if work.tried or self._decode(work) else None
 
     def _decode(self, work: Work) -> bool:
-        """Decode its Opus, or note what is wrong with it. False if it is not there: the job is gone from the slot.
+        """Decode a window of its Opus, if there is one more, or note what is wrong with it. False if the file is not
+        there: the job is gone from the slot.
 
         Raises Fatal where that may be the host's fault. Then the recording is alone next time, and its attempt counts.
         """
         try:
-            work.samples = transcode.decode(work.opus, timeout=60 + (work.item.seconds or 0))
+            if work.windows is None:
+                work.windows = transcode.decode(work.opus, timeout=60 + (work.item.seconds or 0))
+            work.samples = next(work.windows, None)
         except FileNotFoundError:
             self._give_up_scratch(work)
             return False
@@ -284,27 +294,30 @@ class Slot:
 
     def _ask_models(self) -> None:
         """Give each recording in hand its result, or its failure. Raises Fatal if the models are sick."""
-        decoded = [work for work in self.hand if work.samples is not None]
-        samples = sum(len(work.samples) for work in decoded)
+        heard = 0
         spoken: list[tuple[Work, Transcript]] = []
-        for work in decoded:
+        for work in [work for work in self.hand if work.samples is not None]:
             try:
-                with watchdog(len(work.samples)):
-                    transcript = self.models.transcribe(work.samples)
-                if transcript.speech:
+                windows = self._hear(work)
+                heard += sum(samples for samples, _transcript in windows)
+                transcript = joined(windows)
+                if transcript.speech and not work.failure:
                     spoken.append((work, transcript))
-                else:
+                elif not work.failure:
                     work.result = Result(transcript, [])
             except Fatal as error:
                 work.failure = str(error)
                 raise
+            except Stopped:
+                raise
             except Exception as error:
                 work.went_wrong(error)
-            work.samples = None
+            finally:
+                work.forget_sound()
         if not spoken:
             return
         try:
-            with watchdog(samples):
+            with watchdog(heard):
                 verdicts = self.models.classify([transcript.text for _work, transcript in spoken])
             for (work, transcript), verdict in zip(spoken, verdicts, strict=True):
                 work.result = Result(transcript, verdict)
@@ -313,6 +326,17 @@ class Slot:
         except Exception as error:
             for work, _transcript in spoken:
                 work.went_wrong(error)
+
+    def _hear(self, work: Work) -> list[tuple[int, Transcript]]:
+        """Number of samples and transcript of each window. Raises Stopped if asked to stop with hours to come."""
+        windows: list[tuple[int, Transcript]] = []
+        while work.samples is not None:
+            if windows and self.stop():
+                raise Stopped
+            with watchdog(len(work.samples)):
+                windows.append((len(work.samples), self.models.transcribe(work.samples)))
+            self._decode(work)
+        return windows
 
     def _judge(self) -> None:
         """Blame what went wrong on the recordings, once the canary has come through the same ffmpeg and models."""

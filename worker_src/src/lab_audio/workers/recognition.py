@@ -6,7 +6,7 @@ import faulthandler
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lab_audio.config import GpuSettings
@@ -57,6 +57,27 @@ def watchdog(samples: int) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def joined(windows: Sequence[tuple[int, Transcript]]) -> Transcript:
+    """One transcript of those of a recording's windows, each with its number of samples; the first's language."""
+    spoken = [transcript for _samples, transcript in windows if transcript.speech]
+    segments, start = [], 0.0
+    for samples, transcript in windows:
+        segments += [_later(segment, start) for segment in transcript.segments]
+        start += samples / SAMPLE_RATE
+    text = " ".join(transcript.text for transcript in spoken)
+    return replace((spoken or [windows[0][1]])[0], text=text, segments=segments)
+
+
+def _later(segment: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """A segment, and the words in it, so many seconds later."""
+    later = dict(segment)
+    for key in later.keys() & {"start", "end"}:
+        later[key] = round(segment[key] + seconds, 3)
+    if "words" in later:
+        later["words"] = [_later(word, seconds) for word in segment["words"]]
+    return later
 
 
 def prove(models: Models) -> None:

@@ -204,7 +204,7 @@ def read_back(
 
 def names(stream: BinaryIO, size: int) -> Iterator[str]:
     """The names of an archive's members."""
-    return (member.name for member in reader.read(stream, size))
+    return (member.name for member in reader.read(stream, size, compressed=True))
 
 
 def is_archive(minted: Mint) -> bool:
@@ -264,7 +264,7 @@ def copy_archive(transfer: Transfer, minted: Mint, path: Path) -> tuple[tar.Buil
     count = 0
     try:
         with path.open("rb") as content:
-            for _member in reader.read(content, size):
+            for _member in reader.read(content, size, compressed=True):
                 count += 1
     except tar.ArchiveBroken as error:
         get_logger().warning("archive at the source is broken", path=file.path, reason=str(error))

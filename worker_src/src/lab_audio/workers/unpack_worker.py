@@ -41,10 +41,11 @@ FFMPEG_PAUSES = (5, 30)  # seconds before it is tried once more, where it may ha
 
 @dataclass(frozen=True)
 class Encoding:
-    """How recordings become Opus: bits per second, and how many at once."""
+    """How recordings become Opus: bits per second, how many at once, and whether from compressed archives, too."""
 
     bitrate: int
     threads: int
+    compressed: bool = False
 
 
 @dataclass
@@ -72,7 +73,7 @@ def run(settings: UnpackSettings, stop: Stop) -> None:
     """Serve `unpack` until asked to stop; the batch in hand is finished, or left to the slot if a store is away."""
     host = open_host(settings, stop)
     slot, inbox = open_inbox(host, "unpack")
-    encoding = Encoding(settings.opus_bitrate, settings.transcode_threads)
+    encoding = Encoding(settings.opus_bitrate, settings.transcode_threads, settings.compressed_archives)
     attend(host, ("unpack",), stop)
     get_logger().info("unpack worker ready", host=host.name, slot=slot.number)
     said = -float(COMPLAIN_SECONDS)
@@ -260,7 +261,7 @@ def read_archive(
         ThreadPoolExecutor(encoding.threads, thread_name_prefix="encode") as pool,
     ):
         try:
-            for member in reader.read(cast(BinaryIO, stream), info.size):
+            for member in reader.read(cast(BinaryIO, stream), info.size, compressed=encoding.compressed):
                 recordings += 1
                 row = entry(member)
                 if row.item in contents.rows:

@@ -97,7 +97,7 @@ def test_it_gets_no_8_gb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_it_does_not_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither asleep nor at work, nor by a child of its own."""
-    monkeypatch.setattr(unpack_worker, "encode_seconds", lambda mp3: 1.0)
+    monkeypatch.setattr(unpack_worker, "encode_bounds", lambda mp3, bitrate: (1.0, 1 << 20))
     for program in ("sleep 1000", "fork; fork; sleep 1000", "1 while 1"):
         reason = attempt(tmp_path, monkeypatch, f"{program} # for ever")
         assert reason is not None

@@ -296,6 +296,13 @@ class TestBadPrograms:
         finally:
             tracemalloc.stop()
 
+    def test_one_that_writes_without_end(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake_ffmpeg(tmp_path / "bin", monkeypatch, f"echo $$ > {tmp_path}/pids; exec cat /dev/zero")
+        with pytest.raises(Permanent, match="more than 1000000 bytes"):
+            encode(io.BytesIO(b"x"), folder / "x.opus", bitrate=24_000, most=1_000_000)
+        assert names(folder) == []
+        assert ends(int((tmp_path / "pids").read_text()))
+
     def test_one_that_says_nothing(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         fake_ffmpeg(tmp_path / "bin", monkeypatch, "cat > /dev/null")
         with pytest.raises(Permanent, match="no sound"):

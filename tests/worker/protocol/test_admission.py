@@ -43,7 +43,7 @@ HOOK = Callable[[], None]
 def encode_to(share: float) -> Callable[..., transcode.Encoded]:
     """A stand-in of which "Opus" takes this share of the MP3, and begins as that does."""
 
-    def encode(mp3: BinaryIO, opus: Path, *, bitrate: int, timeout: float | None = None) -> transcode.Encoded:
+    def encode(mp3: BinaryIO, opus: Path, **options: Any) -> transcode.Encoded:
         data = mp3.read()
         data = (data * (int(share) + 1))[: max(100, int(share * len(data)))]
         scratch.write_atomic(opus, data)

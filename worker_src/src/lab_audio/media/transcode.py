@@ -68,11 +68,13 @@ def ffmpeg_command() -> str:
         ) from None
 
 
-def encode(mp3: BinaryIO, opus: Path, *, bitrate: int, timeout: float | None = None) -> Encoded:
+def encode(
+    mp3: BinaryIO, opus: Path, *, bitrate: int, timeout: float | None = None, most: int | None = None
+) -> Encoded:
     """Encode an MP3, read to its end, at `bitrate` bits per second; `opus` appears whole or not at all.
 
-    Raises Permanent if there is no audio in it, Unfinished if `timeout` seconds do not do; Fatal if ffmpeg is missing;
-    OSError if `opus` cannot be written; and what reading `mp3` raises.
+    Raises Permanent if there is no audio in it, or more than `most` bytes come out, Unfinished if `timeout` seconds do
+    not do; Fatal if ffmpeg is missing; OSError if `opus` cannot be written; and what reading `mp3` raises.
     """
     argv = [ffmpeg_command(), *_QUIET]
     argv += ["-protocol_whitelist", "pipe", "-f", "mp3", "-i", "pipe:0"]
@@ -100,6 +102,8 @@ def encode(mp3: BinaryIO, opus: Path, *, bitrate: int, timeout: float | None = N
                     left = left[file.write(left) :]
                 digest.update(block)
                 size += len(block)
+                if most is not None and size > most:
+                    raise Permanent(f"ffmpeg makes more than {most} bytes of it")
             os.fsync(file.fileno())
         seconds = duration(part) if size else 0.0
         if not seconds:

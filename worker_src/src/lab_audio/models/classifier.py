@@ -80,6 +80,11 @@ def prompt(policy: str, content: str) -> str:
     return f"{_INSTRUCTIONS}{policy}{_CONTENT}{content}{_ANSWER}"
 
 
+def on_one_line(text: str) -> str:
+    """A text that cannot spell the prompt's headings, each of which has lines of its own."""
+    return " ".join(text.split())
+
+
 @dataclass(frozen=True)
 class _Prefix:
     """A policy read by the model: the part of the prompt that all its texts share."""
@@ -142,7 +147,7 @@ class Classifier:
         results: list[list[Classification]] = [[] for _text in texts]
         for policy in policies:
             prefix = self._prefix(policy)
-            tails = [self._tails(text, self._max_tokens - prefix.tokens) for text in texts]
+            tails = [self._tails(on_one_line(text), self._max_tokens - prefix.tokens) for text in texts]
             scores = iter(self._scores(prefix, [tail for chunks in tails for tail in chunks]))
             for result, chunks in zip(results, tails, strict=True):
                 result.append(self._classification(policy, [next(scores) for _chunk in chunks]))

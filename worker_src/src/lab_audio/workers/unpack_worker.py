@@ -315,7 +315,8 @@ def encode(row: NewItem, mp3: BinaryIO, folder: Path, bitrate: int) -> NewItem:
         for pause in (*FFMPEG_PAUSES, None):
             try:
                 target = folder / f"{row.item}.opus"
-                opus = transcode.encode(mp3, target, bitrate=bitrate, timeout=encode_seconds(mp3))
+                seconds, most = encode_bounds(mp3, bitrate)
+                opus = transcode.encode(mp3, target, bitrate=bitrate, timeout=seconds, most=most)
                 break
             except transcode.Unfinished as error:  # for want of memory or time, perhaps not its own
                 if pause is not None:
@@ -329,8 +330,10 @@ def encode(row: NewItem, mp3: BinaryIO, folder: Path, bitrate: int) -> NewItem:
     return replace(row, seconds=opus.seconds, room=scratch.room_of(opus.size, opus.seconds))
 
 
-def encode_seconds(mp3: BinaryIO) -> float:
-    """A bound for encoding: a minute, and what a tenth of a core needs for MP3 of 8 kb/s."""
+def encode_bounds(mp3: BinaryIO, bitrate: int) -> tuple[float, int]:
+    """Seconds that encoding may take: a minute, and what a tenth of a core needs for MP3 of 8 kb/s; and bytes that may
+    come of it: a MiB, and twice what such MP3 makes.
+    """
     size = mp3.seek(0, os.SEEK_END)
     mp3.seek(0)
-    return 60 + size / 6_000
+    return 60 + size / 6_000, (1 << 20) + 2 * size * bitrate // 8_000

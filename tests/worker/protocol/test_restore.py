@@ -246,20 +246,25 @@ def test_an_archive_that_the_listing_lacks_is_not_taken_for_deleted(
     assert world.snags() == []
 
 
-def test_a_dry_run_knows_of_archives_that_are_gone(world: World) -> None:
+def test_a_dry_run_knows_of_archives_that_are_gone_and_of_objects_that_claim_one_place(world: World) -> None:
     batch_id = world.plant_batch(1, ["a.mp3"])
     known = world.plant_batch(2, ["b.mp3"])
     world.finish()
+    ((key,),) = world.rows("SELECT s3_opus_path FROM audio_files WHERE member = 'b.mp3'")
+    second = key.replace(".opus", "9.opus")
+    name = world.bucket.name
+    world.bucket.client.copy_object(Bucket=name, Key=second, CopySource={"Bucket": name, "Key": key})
     world.bucket.client.delete_object(Bucket=world.bucket.name, Key=archive_key(batch_id))
     world.sql("DELETE FROM classifications; DELETE FROM transcripts; DELETE FROM audio_files")
     world.sql("DELETE FROM batches WHERE batch_id = :id", id=batch_id)
     reports = []
-    for options in (("--dry-run", "--json"), ("--json",)):
+    for options, code in ((("--dry-run", "--json"), 0), (("--json",), 1)):
         world.engine.dispose()
         done = reconcile(*options)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == code, done.stderr
         reports.append(json.loads(done.stdout))
     for what in ("adopted_archives", "batches_without_archive", "adopted_objects", "unclear_objects"):
         assert (what, reports[0][what]) == (what, reports[1][what])
     assert reports[1]["batches_without_archive"] == [batch_id]
+    assert len({key, second} & set(reports[1]["unclear_objects"])) == 1
     assert reports[1]["adopted_archives"] == [], f"{known} is known, and of another program"

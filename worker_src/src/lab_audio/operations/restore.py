@@ -142,6 +142,7 @@ def adopt_objects(
             return None
 
     members: dict[str, dict[str, str]] = {}
+    taken: set[tuple[str, str]] = set()  # places, for a dry run, in which the ledger does not tell
     reopened: set[str] = set()
     with ThreadPoolExecutor(READERS) as readers:
         for (audio_id, (date, key)), found in zip(new.items(), readers.map(origin, new.values()), strict=True):
@@ -155,11 +156,12 @@ def adopt_objects(
                 if archived and batch_id not in members:
                     members[batch_id] = member_names(stores, batch_id)
                 member = members.get(batch_id, {}).get(item, f"{member}... {item}")
-            adopted = recovery.adopt_recording(
+            adopted = (batch_id, item) not in taken and recovery.adopt_recording(
                 stores.engine, audio_id, date, batch_id, member, item, new_unpack_job(batch_id, 0), dry_run=dry_run
             )
             (report.adopted_objects if adopted else report.unclear_objects).append(key)
             if adopted:
+                taken.add((batch_id, item))
                 reopened.add(batch_id)
     return reopened
 

@@ -365,10 +365,22 @@ class TestDecode:
         windows = decode(folder / "x.opus", timeout=30)
         clock = time.monotonic
         next(windows)
-        monkeypatch.setattr(time, "monotonic", lambda: clock() + 15)
-        next(windows)
         monkeypatch.setattr(time, "monotonic", lambda: clock() + 3600)
+        next(windows)
         windows.close()
+
+    def test_more_sound_than_it_says_it_has(self, folder: Path) -> None:
+        encoded = encode(io.BytesIO(SPEECH.read_bytes()), folder / "x.opus", bitrate=24_000)
+        assert len(list(decode(folder / "x.opus", longest=encoded.seconds + 0.1))) == 1
+        with pytest.raises(Permanent, match="more sound in it than its length says"):
+            list(decode(folder / "x.opus", longest=encoded.seconds - 0.1))
+
+    def test_it_is_told_no_secret(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("S3_SECRET_KEY", "xyzzy")
+        fake_ffmpeg(tmp_path / "bin", monkeypatch, "env >&2; exit 1")
+        with pytest.raises(Permanent) as caught:
+            encode(io.BytesIO(b"x"), folder / "x.opus", bitrate=24_000)
+        assert "xyzzy" not in str(caught.value)
 
     def test_one_that_is_closed_early_leaves_no_program(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

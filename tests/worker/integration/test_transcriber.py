@@ -248,6 +248,12 @@ def test_whispers_own_bounds_say_what_is_made_up() -> None:
     assert doubt_about("Thank you.", logprob=-1.2, no_speech=0.5) is None
     assert doubt_about("you " * 50, logprob=-0.1, no_speech=0.1) == "repetition"
     assert all(doubt_about(text, logprob=-0.5, no_speech=0.1) is None for text in corpus.true_texts().values())
+    hindi = (
+        "आज सुबह हम बाज़ार गए और ताज़ी सब्ज़ियाँ खरीदीं। रास्ते में एक पुराना मित्र मिला, जिसने बताया कि उसकी बहन शहर से लौट आई है। "
+        "दोपहर को बारिश होने लगी, इसलिए बच्चे घर के भीतर खेलते रहे। शाम को सबने मिलकर चाय पी और देर तक बातें कीं।"
+    )
+    assert doubt_about(hindi, logprob=-0.5, no_speech=0.1) is None
+    assert doubt_about("बच्चे घर के भीतर खेलते रहे। " * 12, logprob=-0.5, no_speech=0.1) == "repetition"
 
 
 def test_a_batch_that_the_gpus_memory_does_not_hold_is_halved(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -17,7 +18,7 @@ from lab_audio.config import GpuSettings
 from lab_audio.contracts import TranscribeJob, archive_key, processed_key
 from lab_audio.errors import Permanent
 from lab_audio.ledger import Settled, recovery
-from lab_audio.media import transcode
+from lab_audio.media import reader, transcode
 from lab_audio.operations import dead_letters
 from lab_audio.operations.reconcile import Stores
 from lab_audio.workers import gpu_worker
@@ -331,12 +332,26 @@ class TestRetry:
         world.finish()
         assert world.snags() == []
 
-    def test_a_broken_archive_would_be_as_broken_again(self, world: World) -> None:
+    def test_a_broken_archive_is_read_again(self, world: World) -> None:
+        """It was perhaps not to be read as it was: compressed, or its reader crashed."""
         batch_id = world.plant_batch(1, NAMES)
-        truncate_archive(world, batch_id, 1024)
+        where = {"Bucket": world.bucket.name, "Key": archive_key(batch_id)}
+        whole = world.bucket.client.get_object(**where)["Body"].read()
+        world.bucket.client.put_object(**where, Body=gzip.compress(whole))
+        world.sql("UPDATE batches SET sha256 = NULL, size = NULL")
         world.finish()
-        refused = world.command("dead", "retry", batch_id, code=1).stderr
-        assert "its archive would be as broken again (archive: archive is truncated" in refused
+        ((state, flags),) = world.rows("SELECT state, flags FROM batches")
+        assert (state, flags[0]) == ("complete", "archive: is gzip-compressed; only plain tar is taken")
+        world.command("dead", "retry", batch_id)
+
+        def allowed() -> None:
+            read = reader.read
+            reader.read = lambda stream, size, compressed: read(stream, size, compressed=True)
+
+        world.run("unpack", mutant=allowed)
+        world.finish()
+        assert world.rows("SELECT state, flags FROM batches") == [("complete", [])]
+        assert world.rows("SELECT DISTINCT state FROM audio_files") == [("done",)]
 
     def test_killed_before_each_of_its_effects(self, world: World) -> None:
         place = 0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lab_audio import ledger, queues, s3_utils
-from lab_audio.config import GpuSettings, TransferSettings
+from lab_audio.config import GpuSettings, TransferSettings, UnpackSettings
 from lab_audio.contracts import TranscribeJob, item_of, opus_path
 from lab_audio.errors import ConfigError, Fatal, Permanent
 from lab_audio.media import sandbox, transcode
@@ -379,5 +379,7 @@ def test_without_a_sandbox_a_worker_starts_only_if_it_may_and_says_so(
     assert json.loads(world.command("status", "--json").stdout)["hosts"][0]["unsandboxed"]
     assert "no sandbox" in world.command("status").stdout
     monkeypatch.undo()
+    open_host(world.load(UnpackSettings), Stop())
+    assert json.loads(world.command("status", "--json").stdout)["hosts"][0]["unsandboxed"] == ["gpu"]
     open_host(world.load(GpuSettings), Stop())
     assert "no sandbox" not in world.command("status").stdout

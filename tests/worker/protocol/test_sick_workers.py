@@ -21,7 +21,7 @@ from lab_audio import ledger, s3_utils, scratch
 from lab_audio.config import GpuSettings, UnpackSettings
 from lab_audio.contracts import Classification, Result, Transcript
 from lab_audio.errors import Fatal, Permanent, Retryable
-from lab_audio.media import transcode
+from lab_audio.media import reader, transcode
 from lab_audio.workers import gpu_worker, recognition, unpack_worker
 from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop, exit_code
@@ -446,6 +446,33 @@ def unpack_here(world: World) -> None:
         held.release()
 
 
+def test_an_archive_whose_reader_is_killed_is_read_again_and_given_up_in_the_end(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.plant_batch(1, NAMES)
+    read, kills = reader.read, [2]
+
+    def killed(stream: Any, size: int, *, compressed: bool) -> Iterator[Any]:
+        for number, member in enumerate(read(stream, size, compressed=compressed)):
+            if number == 2 and kills[0]:
+                kills[0] -= 1
+                raise reader.Killed("what reads the archive was killed (SIGKILL)")
+            yield member
+
+    monkeypatch.setattr(reader, "read", killed)
+    monkeypatch.setattr(transcode, "encode", fake_encode)
+    for _ in range(3):
+        unpack_here(world)
+    assert world.rows("SELECT state, flags FROM batches") == [("ready", [])]
+    assert set(states(world).values()) == {("pending", 0)} and len(states(world)) == len(NAMES)
+    kills[0] = 99
+    world.plant_batch(2, NAMES)
+    for _ in range(5):
+        unpack_here(world)
+    ((state, reason),) = world.rows("SELECT state, reason FROM batches WHERE batch_id LIKE '%2'")
+    assert (state, reason) == ("failed", "RuntimeError: what reads the archive was killed (SIGKILL)")
+
+
 @pytest.mark.parametrize(
     ("error", "after"), [(Permanent("ffmpeg: Unknown encoder"), 0), (transcode.Unfinished("ffmpeg was killed"), 5)]
 )
@@ -536,7 +563,7 @@ def test_a_recording_whose_decoding_never_ends_is_the_only_one_set_aside(world: 
 
 
 def three_windows() -> None:
-    def decode(opus: Path, *, timeout: float | None = None) -> Iterator[bytes]:
+    def decode(opus: Path, **options: Any) -> Iterator[bytes]:
         if fake_decode(opus) != b"3.mp3":
             yield fake_decode(opus)
             return
@@ -578,7 +605,7 @@ def test_what_cannot_be_decoded_in_the_middle_is_the_only_one_set_aside(world: W
     unpacked(world)
 
     def patch() -> None:
-        def decode(opus: Path, *, timeout: float | None = None) -> Iterator[bytes]:
+        def decode(opus: Path, **options: Any) -> Iterator[bytes]:
             yield fake_decode(opus)
             if fake_decode(opus) == b"3.mp3":
                 raise Permanent("ffmpeg: Invalid data")

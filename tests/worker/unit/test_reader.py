@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import signal
 import tarfile
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,7 +70,7 @@ class Slow(Pipe):
         return super().read(size)
 
 
-def away() -> None:
+def away() -> bytes:
     raise Retryable("the store is away")
 
 
@@ -93,6 +95,45 @@ def test_a_parser_that_dies_is_the_archives_failure() -> None:
             assert member.file is not None
             member.file.read()
     assert children() == set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_parser_that_somebody_ends_is_nobodys_failure(number: signal.Signals) -> None:
+    def end() -> None:
+        for child in children():
+            os.kill(child, number)
+
+    with pytest.raises(reader.Killed, match=number.name):
+        for member in reader.read(Slow(GOOD, end), len(GOOD)):
+            assert member.file is not None
+            member.file.read()
+    assert children() == set()
+
+
+def test_what_the_stream_raises_at_its_very_end_passes_through() -> None:
+    class Torn(Pipe):
+        def read(self, size: int = -1) -> bytes:
+            return super().read(size) or away()
+
+    with pytest.raises(Retryable, match="the store is away"):
+        list(reader.sources(Torn(GOOD), len(GOOD)))
+
+
+def test_memory_that_does_not_do_is_told() -> None:
+    """An xz header that claims a dictionary of 4 GiB."""
+    packed = lzma.compress(GOOD, lzma.FORMAT_XZ, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20}])
+    header = bytearray(packed[12:24])
+    header[header.index(b"\x21\x01") + 2] = 40
+    header[8:12] = zlib.crc32(header[:8]).to_bytes(4, "little")
+    with pytest.raises(archive.ArchiveBroken, match="it needs more than 1024 MiB of memory"):
+        list(reader.read(Pipe(packed[:12] + bytes(header) + packed[24:]), len(packed), compressed=True))
+
+
+def test_nothing_is_imported_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "resource.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert len(list(reader.sources(Pipe(GOOD), len(GOOD)))) > 0
+    assert not (tmp_path / "mark").exists()
 
 
 def test_a_parser_that_is_kept_at_work_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

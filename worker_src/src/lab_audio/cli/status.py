@@ -79,7 +79,7 @@ def picture(view: dict[str, Any]) -> Group:
             h["host"],
             ago(h["silent_seconds"]),
             ago(h["gpu_silent_seconds"]),
-            " ".join(["[yellow]paused[/]"] * h["paused"] + ["[red]no sandbox[/]"] * h["unsandboxed"]),
+            " ".join(["[yellow]paused[/]"] * h["paused"] + ["[red]no sandbox[/]"] * bool(h["unsandboxed"])),
         )
     lists = Table("list", "jobs", box=None, title="queues")
     for name, depth in view["queues"].items():

@@ -110,14 +110,15 @@ def whole_batch(engine: Engine, batch_id: str) -> dict[str, Any] | None:
 def retry(engine: Engine, batch_id: str, audio_ids: Collection[int] | None = None) -> int:
     """RETRY: dead recordings of a batch (None: all of them) are pending again, and an ended batch is unpacked anew.
 
-    Returns how many recordings were dead; the batch's job is then to be pushed. One that is `uploaded` stays so.
+    Returns how many recordings were dead; the batch's job is then to be pushed. One that is `uploaded` stays so. One
+    whose archive was broken is read again: it was perhaps not to be read as it was.
     The archive must be in the store: of a failed batch, which retention leaves alone, it may have been put back.
     Raises Permanent where the batch is still at work, its archive was deleted, or nothing of it is dead.
     """
     with transaction(engine) as connection:
         batch = connection.execute(
             text(
-                "SELECT state, host, job, file_count, archive_gone_at, array_to_string(flags, '; ') AS flags,"
+                "SELECT state, host, job, file_count, archive_gone_at,"
                 f" {BROKEN_ARCHIVE} AS broken FROM batches WHERE batch_id = :id FOR UPDATE"
             ),
             {"id": batch_id},
@@ -137,9 +138,8 @@ def retry(engine: Engine, batch_id: str, audio_ids: Collection[int] | None = Non
             ),
             {"id": batch_id, "audio_ids": list(audio_ids or ())},
         ).rowcount
-        if batch.state == "complete" and not dead:
-            again = f"; its archive would be as broken again ({batch.flags})" if batch.broken else ""
-            raise Permanent(f"no recording in batch {batch_id} is dead{again}")
+        if batch.state == "complete" and not dead and not batch.broken:
+            raise Permanent(f"no recording in batch {batch_id} is dead")
         if batch.state != "uploaded":
             connection.execute(
                 text(

@@ -27,11 +27,12 @@ class Lost:
 
 @contextmanager
 def registering(
-    engine: Engine, host: str, scratch_id: str, scratch_root: Path, *, unsandboxed: bool = False
+    engine: Engine, host: str, scratch_id: str, scratch_root: Path, *, kind: str = "", unsandboxed: bool = False
 ) -> Iterator[Lost | None]:
-    """Note this host and its disk. Raises Fatal while another disk still beats under the same name.
+    """Note this host, its disk, and whether its workers of a kind go without a sandbox.
 
-    Once that one is silent, what lay on it is lost (LOST): then yields its batches, as `losing` does; else None.
+    Raises Fatal while another disk still beats under the same name. Once that one is silent, what lay on it is lost
+    (LOST): then yields its batches, as `losing` does; else None.
     """
     with transaction(engine) as connection:
         connection.execute(
@@ -54,10 +55,10 @@ def registering(
         connection.execute(
             text(
                 "UPDATE hosts SET scratch_id = :id, scratch_root = :root, seen_at = now(), doubted_at = NULL,"
-                " unsandboxed = :unsandboxed,"
+                " unsandboxed = array_remove(unsandboxed, :kind) || CASE WHEN :unsandboxed THEN ARRAY[:kind] END,"
                 " scratch_bytes = CASE WHEN scratch_id = :id THEN scratch_bytes END WHERE host = :host"
             ),
-            {"host": host, "id": scratch_id, "root": str(scratch_root), "unsandboxed": unsandboxed},
+            {"host": host, "id": scratch_id, "root": str(scratch_root), "kind": kind, "unsandboxed": unsandboxed},
         )
         yield lost
 

@@ -28,13 +28,13 @@ class BatchProgress:
 
 @dataclass(frozen=True)
 class HostView:
-    """`silent_seconds`: since it was last seen; None if never."""
+    """`silent_seconds`: since it was last seen; None if never. `unsandboxed`: kinds of workers without a sandbox."""
 
     host: str
     paused: bool
     silent_seconds: float | None
     gpu_silent_seconds: float | None
-    unsandboxed: bool
+    unsandboxed: list[str]
 
 
 def open_batches(engine: Engine) -> list[BatchProgress]:

@@ -23,10 +23,12 @@ from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, cast
 
 from lab_audio.contracts import SourceFile
+from lab_audio.errors import Retryable
 from lab_audio.media import archive
 from lab_audio.media.archive import ArchiveBroken, Member, Readable
 
 MEMORY = 1 << 30  # bytes of address space
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CPU_SECONDS, BYTES_A_SECOND = 60, 5_000_000  # a bound; it needs a tenth of that
 CHUNK = 1 << 18
 PATIENCE = 5  # seconds until a process that says no more has ended
@@ -35,10 +37,18 @@ BROKEN = 0xFFFFFFFF
 ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL")  # no secret is among them
 
 
+class Killed(Retryable):
+    """The parser was killed, for want of this host's memory perhaps: the archive may be good."""
+
+
+class Died(ArchiveBroken):
+    """The parser died over the archive; what it found last may be missing."""
+
+
 def read(stream: Readable, size: int, *, compressed: bool = False) -> Iterator[Member]:
     """The entries of an archive of so many bytes, as `archive.read` finds them.
 
-    Raises ArchiveBroken also where the parser dies over it. What `stream` raises passes through.
+    Raises ArchiveBroken, and Died where the parser dies over it; Killed. What `stream` raises passes through.
     """
     with _parser("unpack" if compressed else "read", stream, size) as frames:
         while entry := frames.entry():
@@ -111,6 +121,8 @@ def _parser(what: str, stream: Readable, size: int) -> Iterator[_Frames]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        cwd="/",  # Python would import what lies in the working directory
+        start_new_session=True,  # Ctrl-C is not for it
     )
     stdin, stdout = cast(BinaryIO, process.stdin), cast(BinaryIO, process.stdout)
     failures: list[BaseException] = []
@@ -135,14 +147,23 @@ def _parser(what: str, stream: Readable, size: int) -> Iterator[_Frames]:
                 process.wait(PATIENCE)
             process.kill()
             code = process.wait()
-            said = f"its reader died over it ({signal.Signals(-code).name if code < 0 else code})"
+            if failures:
+                return failures[0]
+            if -code in FROM_OUTSIDE:
+                return Killed(
+                    f"what reads the archive was killed ({signal.Signals(-code).name}); is memory short here?"
+                )
             if code == -signal.SIGXCPU:
-                said = f"it kept its reader at work for more than {seconds} seconds"
+                return Died(f"it kept its reader at work for more than {seconds} seconds")
+            return Died(f"its reader died over it ({signal.Signals(-code).name if code < 0 else code})")
         return failures[0] if failures else ArchiveBroken(said)
 
     feeder.start()
     try:
         yield _Frames(stdout, blamed)
+        feeder.join()
+        if failures:
+            raise failures[0]
     finally:
         process.kill()
         stdout.close()
@@ -174,11 +195,14 @@ def _main(what: str, seconds: int) -> None:
             _tell(out, {"end": True})
         except ArchiveBroken as error:
             _tell(out, {"broken": str(error)})
+        except MemoryError:
+            _tell(out, {"broken": f"it needs more than {MEMORY >> 20} MiB of memory to be read"})
 
 
 def _tell(out: BinaryIO, entry: dict[str, Any]) -> None:
     text = json.dumps(entry).encode()
     out.write(LENGTH.pack(len(text)) + text)
+    out.flush()  # what was found is not lost if this dies over what comes
 
 
 def _tell_body(out: BinaryIO, file: BinaryIO) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from lab_audio.errors import Fatal
+
 # What a program from Debian or Ubuntu needs to start. Nothing of a host's own is in there.
 LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 USUAL = ("/lib", "/lib32", "/lib64")  # links into /usr
@@ -34,7 +36,7 @@ def enclosed(argv: Sequence[str], cpu_seconds: int) -> list[str]:
 
 @cache
 def problem() -> str | None:
-    """Why no sandbox works on this host; None if one does. Asked once in a process."""
+    """Why no sandbox works on this host; None if one does. Asked once in a process. Raises Fatal if it hangs."""
     for program, package in (("bwrap", "bubblewrap"), ("prlimit", "util-linux")):
         if shutil.which(program, path=SYSTEM) is None:
             return f"{program} is missing: apt install {package}"
@@ -46,9 +48,12 @@ def problem() -> str | None:
             text=True,
             timeout=PROBE_SECONDS,
             check=False,
+            env={},
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"bwrap cannot be run: {error}"
+    except subprocess.TimeoutExpired:
+        raise Fatal(f"bwrap did not answer in {PROBE_SECONDS} seconds; is this host overloaded?") from None
+    except OSError as error:
+        return f"bwrap cannot be run: {error.strerror}"
     if done.returncode:
         return (
             f"bwrap: {done.stderr.strip()[:300] or f'exit code {done.returncode}'}; are user namespaces allowed here?"
@@ -64,7 +69,7 @@ def ended_by(code: int) -> signal.Signals | None:
 
 def _in_bubblewrap(argv: Sequence[str], cpu_seconds: int) -> list[str]:
     room = ["--unshare-all", "--unshare-user", "--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"]
-    room += ["--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
+    room += ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     room += ["--dev-bind", "/dev/null", "/dev/null"]
     for path in LIBRARIES:
         room += ["--ro-bind-try", path, path]
@@ -73,7 +78,8 @@ def _in_bubblewrap(argv: Sequence[str], cpu_seconds: int) -> list[str]:
             room += ["--symlink", str(usual.readlink()), str(usual)]
         elif usual.is_dir():
             room += ["--ro-bind", str(usual), str(usual)]
-    limits = [f"--as={MEMORY}", f"--cpu={cpu_seconds}", f"--nproc={PROCESSES}", f"--nofile={FILES}"]
+    # The soft limit says why; the hard one is for what does not listen.
+    limits = [f"--as={MEMORY}", f"--cpu={cpu_seconds}:{cpu_seconds + 5}", f"--nproc={PROCESSES}", f"--nofile={FILES}"]
     limits += ["--fsize=0", "--core=0"]
     prlimit = _path("prlimit")
     for program in (prlimit, argv[0]):

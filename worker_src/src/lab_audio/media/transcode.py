@@ -114,26 +114,29 @@ def encode(
     return Encoded(seconds, digest.hexdigest(), size)
 
 
-def decode(opus: Path, *, timeout: float | None = None) -> Generator[Any, None, None]:
+def decode(opus: Path, *, timeout: float | None = None, longest: float | None = None) -> Generator[Any, None, None]:
     """Samples of an Opus file, in windows: float32 arrays of shape (n,), mono, 16 kHz, in [-1, 1].
 
     A recording of at most WINDOW_SECONDS is one window; a longer one is cut where it is quiet, and decoded no faster
     than it is asked for. `timeout` is of ffmpeg's own seconds. Close it if it is not read to the end.
-    Raises FileNotFoundError; Permanent if it cannot be decoded, Unfinished if not in `timeout` seconds; Fatal.
+    Raises FileNotFoundError; Permanent if it cannot be decoded, or has more than `longest` seconds, Unfinished if not
+    in `timeout` seconds; Fatal.
     """
     argv = [ffmpeg_command(), *_QUIET]
     argv += ["-protocol_whitelist", "pipe", "-f", "ogg", "-i", "pipe:0"]
     argv += ["-map", "0:a:0", "-ac", "1", "-ar", str(SAMPLE_RATE), "-c:a", "pcm_s16le", "-f", "s16le", "pipe:1"]
     samples = bytearray()
-    heard = False
+    heard = 0
     with opus.open("rb") as file, closing(_output(argv, file, timeout)) as output:
         for block in output:
             samples += block
+            if longest is not None and (heard + len(samples)) / (2 * SAMPLE_RATE) > longest:
+                raise Permanent(f"{opus.name}: there is more sound in it than its length says")
             while len(samples) > 2 * SAMPLE_RATE * WINDOW_SECONDS:
                 end = 2 * _quiet_moment(samples)
                 window = _floats(samples[:end])
                 del samples[:end]
-                heard = True
+                heard += end
                 yield window
     if samples:
         yield _floats(samples)
@@ -186,8 +189,8 @@ def _output(argv: list[str], source: BinaryIO, timeout: float | None) -> Generat
     """What a program makes of `source`, its input; every program of this room is started here.
 
     Raises Permanent with its last words if it fails, Unfinished if it is killed or not done in time, Fatal if somebody
-    ended it. However this ends, also where it is closed before, the program's process group has ended. The time in
-    which nobody asks for more does not count.
+    ended it. However this ends, also where it is closed before, the program has ended, and the sandbox with all in it.
+    The time in which nobody asks for more does not count.
     """
     try:
         process = subprocess.Popen(
@@ -197,6 +200,7 @@ def _output(argv: list[str], source: BinaryIO, timeout: float | None) -> Generat
             stderr=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,
+            env={},  # no secret, and nothing that would lead it elsewhere
         )
     except OSError as error:
         raise Fatal(f"{argv[0]} cannot be started: {error.strerror}") from error
@@ -215,9 +219,10 @@ def _output(argv: list[str], source: BinaryIO, timeout: float | None) -> Generat
         process.wait()
     code = process.returncode
     by = sandbox.ended_by(code)
-    if by in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) or code == STOPPED_BY_SIGNAL:
+    asked = by in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) or code == STOPPED_BY_SIGNAL
+    if asked and (code < 0 or sandbox.problem()):  # else it was said in the sandbox, where anything can be said
         raise Fatal("ffmpeg was ended from outside; the recording is not to blame")
-    if by == signal.SIGKILL:
+    if asked or by == signal.SIGKILL:
         raise Unfinished("ffmpeg was killed")
     if by == signal.SIGXCPU:
         raise Unfinished(f"ffmpeg was not done with it in {timeout or LONGEST:g} seconds of work")

@@ -238,12 +238,12 @@ class Transcriber:
 def doubt_about(text: str, logprob: float, no_speech: float) -> str | None:
     """Why a window's text was hardly said: `repetition` or `no speech`, by the bounds of Whisper's authors.
 
-    A text that gzip compresses by more than 2.4 repeats itself; one of which the model thinks with more than 0.6 that
-    nothing was said, and whose tokens are on average less likely than 1/e, is made up.
+    A text with more than 2.4 times as many characters as zlib makes bytes of it repeats itself; one of which the model
+    thinks with more than 0.6 that nothing was said, and whose tokens are on average less likely than 1/e, is made up.
     Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision (2022), section 4.5.
     """
-    data = text.encode()
-    if len(data) > MAX_COMPRESSION * len(zlib.compress(data)):
+    # Characters, where the authors count bytes: by those any text repeats itself whose letters take three each.
+    if len(text) > MAX_COMPRESSION * len(zlib.compress(text.encode())):
         return "repetition"
     return "no speech" if no_speech > MAX_NO_SPEECH and logprob < MIN_LOGPROB else None
 

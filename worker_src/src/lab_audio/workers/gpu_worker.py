@@ -216,8 +216,10 @@ class Slot:
         Raises Fatal where that may be the host's fault. Then the recording is alone next time, and its attempt counts.
         """
         try:
+            work.samples = None
             if work.windows is None:
-                work.windows = transcode.decode(work.opus, timeout=60 + (work.item.seconds or 0))
+                longest = None if work.item.seconds is None else 60 + work.item.seconds
+                work.windows = transcode.decode(work.opus, timeout=longest or 60, longest=longest)
             work.samples = next(work.windows, None)
         except FileNotFoundError:
             self._give_up_scratch(work)

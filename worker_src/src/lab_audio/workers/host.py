@@ -57,8 +57,8 @@ def open_host(settings: UnpackSettings | GpuSettings, stop: Stop) -> Host:
         settings.archive_after_batch,
     )
     patiently(stop, ledger.check_migrated, host.engine)
-    unsandboxed = not has_sandbox(settings)
-    for batch_id in patiently(stop, enter, host, scratch.prepare(host.scratch), unsandboxed=unsandboxed):
+    kind, unsandboxed = "unpack" if isinstance(settings, UnpackSettings) else "gpu", not has_sandbox(settings)
+    for batch_id in patiently(stop, enter, host, scratch.prepare(host.scratch), kind, unsandboxed):
         patiently(stop, queue_waiting, host.engine, host.client, batch_id)
     return host
 
@@ -77,11 +77,11 @@ def has_sandbox(settings: MediaSettings) -> bool:
     return False
 
 
-def enter(host: Host, disk: str, *, unsandboxed: bool) -> list[str]:
+def enter(host: Host, disk: str, kind: str, unsandboxed: bool) -> list[str]:
     """Enter this host in the ledger. If its disk was replaced, what lay on the old one is lost: returns the batches
     that are to be unpacked anew.
     """
-    with ledger.registering(host.engine, host.name, disk, host.scratch, unsandboxed=unsandboxed) as lost:
+    with ledger.registering(host.engine, host.name, disk, host.scratch, kind=kind, unsandboxed=unsandboxed) as lost:
         if lost is not None:
             forget(host.engine, host.client, host.name, lost)
     return lost.reopened if lost else []

@@ -190,12 +190,17 @@ def stored_archive(transfer: Transfer, minted: Mint) -> tuple[Archive | None, di
 def read_back(
     bucket: Bucket, info: ArchiveInfo, entries: Callable[[BinaryIO, int], Iterator[T]]
 ) -> tuple[str, list[T]]:
-    """SHA-256 of a stored archive, and its entries; those before the damage where it is broken. Raises NotFound."""
+    """SHA-256 of a stored archive, and its entries; those before the damage where it is broken.
+
+    Raises NotFound; reader.Died and Killed, as then entries before the damage may be missing.
+    """
     found: list[T] = []
     with s3_utils.open_archive(info, bucket=bucket) as stream:
         try:
             for entry in entries(cast(BinaryIO, stream), info.size):
                 found.append(entry)
+        except reader.Died:
+            raise
         except tar.ArchiveBroken as error:
             get_logger().warning("archive is broken", key=info.key, reason=str(error))
         stream.drain()

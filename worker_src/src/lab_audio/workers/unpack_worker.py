@@ -273,6 +273,8 @@ def read_archive(
                     collect(2 * encoding.threads)
         except tar.ArchiveBroken as error:
             flags.append(f"archive: {error}")
+        except reader.Killed as error:  # not waited for, but counted: this archive may be what fills the memory
+            raise RuntimeError(str(error)) from error
         finally:
             collect(0)
         stream.drain()
@@ -316,6 +318,7 @@ def encode(row: NewItem, mp3: BinaryIO, folder: Path, bitrate: int) -> NewItem:
             try:
                 target = folder / f"{row.item}.opus"
                 seconds, most = encode_bounds(mp3, bitrate)
+                mp3.seek(0)
                 opus = transcode.encode(mp3, target, bitrate=bitrate, timeout=seconds, most=most)
                 break
             except transcode.Unfinished as error:  # for want of memory or time, perhaps not its own
@@ -335,5 +338,4 @@ def encode_bounds(mp3: BinaryIO, bitrate: int) -> tuple[float, int]:
     come of it: a MiB, and twice what such MP3 makes.
     """
     size = mp3.seek(0, os.SEEK_END)
-    mp3.seek(0)
     return 60 + size / 6_000, (1 << 20) + 2 * size * bitrate // 8_000

@@ -6,8 +6,8 @@ revision = "0004"
 down_revision = "0003"
 
 CHANGES = """
-ALTER TABLE hosts ADD COLUMN unsandboxed boolean NOT NULL DEFAULT false;
-COMMENT ON COLUMN hosts.unsandboxed IS 'ffmpeg runs there without a sandbox, as ALLOW_UNSANDBOXED lets it';
+ALTER TABLE hosts ADD COLUMN unsandboxed text[] NOT NULL DEFAULT '{}';
+COMMENT ON COLUMN hosts.unsandboxed IS 'kinds of workers that run ffmpeg without a sandbox (ALLOW_UNSANDBOXED)';
 """
 
 

@@ -634,7 +634,7 @@ def test_beside_a_recording_that_was_tried_none_is_decoded(world: World) -> None
     while gpu_process(world, patch=killing_as_it_is_decoded, MAX_ATTEMPTS="2") != 0:
         if late:
             world.client.rpush("transcribe:h1", late.pop())
-    assert states(world)["0.mp3"] == ("done", 1)
+    assert states(world)["0.mp3"] in (("done", 1), ("done", 2)), "at the first kill it may have been in hand"
 
 
 def test_a_recording_that_kills_its_process_as_it_is_decoded_is_the_only_one_set_aside(world: World) -> None:

@@ -24,8 +24,7 @@ options:
     type: str
   credentials_directory:
     description:
-      - Directory on the host with the files C(s3_access_key) and C(s3_secret_key), such as the role
-        C(lab.audio.worker_common) installs. So no secret is needed in a task.
+      - Directory on the host with the files C(s3_access_key) and C(s3_secret_key). So no secret is needed in a task.
       - Taken from E(CREDENTIALS_DIRECTORY) of the host if not given.
     type: path
   bucket:

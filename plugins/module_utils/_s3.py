@@ -40,6 +40,7 @@ MIB = 1 << 20
 PART_SIZE = 16 * MIB
 MAX_PARTS = 1000  # Swift's own limit; others take more
 TRIES = 4
+BOTO3 = [1, 36]
 SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -96,6 +97,8 @@ def open_store(module: AnsibleModule) -> Store:
     """The store of these options; fails if one is missing or wrong. The store is not asked yet."""
     if BOTO3_ERROR:
         module.fail_json(msg=missing_required_lib("boto3"), exception=BOTO3_ERROR)
+    if [int(part) for part in re.findall(r"[0-9]+", boto3.__version__)[:2]] < BOTO3:
+        module.fail_json(msg=f"boto3 {boto3.__version__} is too old; {'.'.join(map(str, BOTO3))} or newer is needed")
     given = module.params
     endpoint = (given["endpoint_url"] or "").rstrip("/")
     access_key = credential(module, "access_key", "s3_access_key")

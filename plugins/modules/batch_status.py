@@ -152,7 +152,7 @@ batches:
       type: float
       sample: 279.4
     age_seconds:
-      description: Since it was entered.
+      description: Since it was minted, or without that since it was uploaded or last tried again.
       type: float
       sample: 410.2
     idle_seconds:

@@ -311,8 +311,10 @@ def inspect(disk: Disk, fstype: str, wipe: str | None, mounted: bool) -> Content
     if wipe in found.names and not (fstype in found.kinds and wipe == fstype):
         return Content("", destroys=t.cast(str, wipe))
     said = f", and wipe says {wipe}" if wipe else ""
+    other = found.kinds & set(LABEL_LENGTH) - {fstype}
+    use = f" To use it as it is, say fstype: {min(other)}." if other else ""
     raise Refused(
-        f"{disk.node} has {listed(found.kinds)}{said}. If its data may be destroyed, say wipe with one of:"
+        f"{disk.node} has {listed(found.kinds)}{said}.{use} If its data may be destroyed, say wipe with one of:"
         f" {', '.join(sorted(found.names - {fstype})) or 'none, as it has no UUID'}"
     )
 

@@ -62,6 +62,9 @@ options:
 notes:
   - What is below C(archives/) is never replaced by other content, since recordings may have been read from it already.
     Objects elsewhere are.
+  - An archive that is stored here is not yet queued; C(lab-audio reconcile) does that, or an C(RPUSH) on C(unpack).
+  - O(state=absent) deletes an archive that may hold the only copy of recordings. C(lab-audio retention) deletes those
+    that are not needed any more.
   - Two runs that store under one key at the same time disturb each other; then one fails and can be run again.
 seealso:
   - module: amazon.aws.s3_object

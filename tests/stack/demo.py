@@ -266,7 +266,12 @@ def keep(env: dict[str, str]) -> None:
     say("KEEP: the servers stay up until Ctrl-C. In another terminal:\n")
     for key, value in env.items():
         print(f"export {key}={shlex.quote(value)}")
-    print(f"{shlex.quote(str(PROGRAM))} status", flush=True)
+    print(f"export PATH={shlex.quote(str(PROGRAM.parent))}:$PATH")
+    print("lab-audio status", flush=True)
+    print(
+        "lab-audio unpack-worker & lab-audio gpu-worker &     # no worker runs now; these would take new jobs",
+        flush=True,
+    )
     try:
         signal.pause()
     except KeyboardInterrupt:

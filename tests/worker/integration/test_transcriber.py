@@ -302,5 +302,5 @@ def test_errors_of_the_gpu_are_fatal_and_others_are_not_hidden(
 def test_without_whisperx_the_message_says_what_to_install(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "whisperx", None)
-    with pytest.raises(Fatal, match=r"pip install lab-audio\[gpu\]"):
+    with pytest.raises(Fatal, match=r"its extra \[gpu\]"):
         Transcriber(models, "cpu", language=None, batch_size=4, align=False)

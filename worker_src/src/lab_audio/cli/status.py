@@ -12,7 +12,7 @@ import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from lab_audio import config, ledger, queues
@@ -49,14 +49,17 @@ def status(
                     live.update(picture(look()), refresh=True)
                     sleep(1)
         else:
-            Console().print(picture(look()))
+            Console(width=None if sys.stdout.isatty() else 10_000).print(picture(look()))
 
     run(act)
 
 
 def picture(view: dict[str, Any]) -> Group:
     """What `status` shows a person."""
-    batches = Table("batch", "state", "host", "for", "progress", "done", "dead", "of", box=None, title="open batches")
+    batches = Table(
+        Column("batch", no_wrap=True), "state", "host", "for", "progress", "done", "dead", "of",
+        box=None, title="open batches",
+    )  # fmt: skip
     for b in view["batches"]:
         total = b["pending"] + b["done"] + b["dead"]
         note = "; ".join([*b["flags"], *([b["reason"]] if b["reason"] else [])])

@@ -56,6 +56,8 @@ class Policy:
 
 def load_policies(directory: Path) -> list[Policy]:
     """The directory's *.txt files by name; ConfigError if there is none, or one is empty or not UTF-8."""
+    if not directory.is_dir():
+        raise ConfigError(f"POLICIES_DIR: {directory} is not a directory")
     try:
         paths = sorted(path for path in directory.glob("*.txt") if path.is_file())
         contents = [path.read_bytes() for path in paths]

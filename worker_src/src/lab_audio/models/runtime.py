@@ -33,7 +33,9 @@ def offline_imports(models_root: Path) -> Iterator[None]:
         for chatty in ("lightning", "lightning.pytorch", "pytorch_lightning", "whisperx"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
     except (ImportError, OSError) as error:  # OSError: a shared library that does not load
-        raise Fatal(f"the models' libraries cannot be imported ({error}): pip install lab-audio[gpu]") from error
+        raise Fatal(
+            f"the models' libraries cannot be imported ({error}): install the package with its extra [gpu]"
+        ) from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,17 @@ def page(role: Path) -> str:
     if not mark:
         raise ValueError(f"{role.name}/README.md: needs a line {BEGIN} and after it a line {END}")
     known = defaults(role)
-    tables = [table(name, spec, known) for name, spec in specs(role).items()]
+    found = specs(role)
+    tables = [table(name, spec, found["main"], known) for name, spec in found.items()]
     return f"{before}{BEGIN}\n\n" + "\n".join(tables) + f"\n{END}{after}"
 
 
-def table(entry: str, spec: dict[str, Any], known: dict[str, Any]) -> str:
-    lines = [] if entry == "main" else [f"With `tasks_from: {entry}` ({spec['short_description']}):", ""]
+def table(entry: str, spec: dict[str, Any], main: dict[str, Any], known: dict[str, Any]) -> str:
     options = spec.get("options") or {}
-    if not options:
-        return "\n".join([*lines, "No variables of its own.", ""])
+    title = f"With `tasks_from: {entry}` ({spec['short_description']})"
+    if spec is not main and options in ({}, main.get("options")):
+        return f"{title}: {'the same' if options else 'none'}.\n"
+    lines = [] if spec is main else [f"{title}:", ""]
     lines += ["| variable | default | meaning |", "|---|---|---|"]
     for name, option in options.items():
         lines.append(f"| `{name}` | {cell(default(option, known.get(name)))} | {cell(meaning(option))} |")
@@ -60,6 +63,9 @@ def default(option: dict[str, Any], value: Any) -> str:
         return "required"
     if value in ("", None):
         return ""
+    template = re.fullmatch(r"\{\{ (\w+)( .*)?\}\}", value) if isinstance(value, str) else None
+    if template:
+        return f"{'from ' if template[2].strip() else ''}`{template[1]}`"
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 

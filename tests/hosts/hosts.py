@@ -2,8 +2,8 @@
 """Test hosts: Debian with systemd as PID 1, ssh and an address of its own, on this machine (systemd-nspawn). As root.
 
 What one run makes is called after the run, and the run after its directory, .cache/hosts/runs/NAME of this checkout:
-bridge, subnet, network namespaces, cgroups. Each thing is noted there before it is made, so that whatever is left after
-a crash can be taken away; what is there without a note was made by somebody else, and is refused.
+bridge, subnet, network namespaces, cgroups. Each is noted there before it is made, so that whatever a crash left can be
+taken away; what is there without a note was made by somebody else, and is refused.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Run:
         return (self.directory / "net").read_text()
 
     def hosts(self) -> list[Host]:
-        found = [Host(self, place.parent.name) for place in self.directory.glob("hosts/*/number")]
+        found = [Host(self, note.name) for note in self.directory.glob("hosts/*") if NAME.fullmatch(note.name)]
         return sorted(found, key=lambda host: host.number)
 
     def up(self, names: list[str], disk: int) -> None:
@@ -81,14 +81,18 @@ class Run:
         """Shut hosts down, or cut their power, and take away all that is theirs; with the last one, the network."""
         with _locked(self.cache / "lock"):
             hosts = [Host(self, name) for name in names]
+            if unknown := [host.name for host in hosts if not host.note.exists()]:
+                raise Refused(f"not of this run: {' '.join(unknown)}; it has: {' '.join(h.name for h in self.hosts())}")
             if orderly:
                 for host in hosts:
                     host.signal(signal.SIGRTMIN + 4)  # systemd: power off
                 _until(lambda: not any(host.processes() for host in hosts), DOWN_SECONDS)
             for host in hosts:
+                if orderly and host.processes():
+                    print(f"{host.name} has not shut down in {DOWN_SECONDS} s: killed")
                 host.remove()
             if self.hosts():
-                self._names()
+                self.introduce()
             elif self.directory.exists():
                 self._remove_network()
                 shutil.rmtree(self.directory)
@@ -101,14 +105,16 @@ class Run:
 
     def _network(self) -> None:
         """Bridge, subnet and the way out; the controller's key."""
-        if (self.directory / "net").exists() and _exists("ip", "link", "show", self.id):
+        if self.hosts() and _exists("ip", "link", "show", self.id):
             return
-        if not (self.directory / "net").exists():
+        if (self.directory / "net").exists():
+            self._remove_network()  # half made, or lost with a reboot of the machine
+        else:
             if _exists("ip", "link", "show", self.id) or _exists("nft", "list", "table", "ip", self.id):
                 raise Refused(
                     f"there is a bridge or an nftables table {self.id} that was not made here: remove it first"
                 )
-            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / "hosts").mkdir(parents=True, exist_ok=True)
             _write(self.directory / "net", self._free_net())
         self.key.unlink(missing_ok=True)
         _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", self.id, "-f", self.key)
@@ -141,8 +147,6 @@ class Run:
         raise Refused("no subnet of 10.64.0.0/10 is free on this machine")
 
     def _remove_network(self) -> None:
-        if not (self.directory / "net").exists():
-            return
         for command in (("nft", "delete", "table", "ip", self.id), ("ip", "link", "del", self.id)):
             subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
         bridges = [link for link in json.loads(_do("ip", "-j", "link", "show", "type", "bridge")) if link]
@@ -150,26 +154,28 @@ class Run:
             FORWARDING.write_text(FORWARDING_WAS.read_text())
             FORWARDING_WAS.unlink()
 
-    def _names(self) -> None:
+    def introduce(self) -> None:
         """Each host knows the others by name, and so does ssh here: ssh -F .../ssh_config NAME."""
         hosts = self.hosts()
         known = "".join(f"{host.address} {host.name}\n" for host in hosts)
         for host in hosts:
-            if (host.root / "etc").is_dir():
+            if host.root.is_mount():
                 (host.root / "etc/hosts").write_text(f"127.0.0.1 localhost\n{known}")
         keys = [(host, host.directory / "ssh_host_key.pub") for host in hosts]
         _write(
             self.directory / "known_hosts", "".join(f"{h.name} {key.read_text()}" for h, key in keys if key.exists())
         )
-        each = (f"Host {host.name}\n  HostName {host.address}\n  HostKeyAlias {host.name}\n" for host in hosts)
-        _write(
-            self.ssh_config,
-            "".join(each)
-            + (
-                f"Host *\n  User root\n  IdentityFile {self.key}\n  IdentitiesOnly yes\n  BatchMode yes\n  ConnectTimeout 5\n"
-                f"  UserKnownHostsFile {self.directory}/known_hosts\n   StrictHostKeyChecking yes\n"
-            ),
-        )
+        each = "".join(f"Host {h.name}\n  HostName {h.address}\n  HostKeyAlias {h.name}\n" for h in hosts)
+        all_of_them = {
+            "User": "root",
+            "IdentityFile": self.key,
+            "IdentitiesOnly": "yes",
+            "BatchMode": "yes",
+            "ConnectTimeout": 5,
+            "UserKnownHostsFile": self.directory / "known_hosts",
+            "StrictHostKeyChecking": "yes",
+        }
+        _write(self.ssh_config, each + "Host *\n" + "".join(f"  {key} {value}\n" for key, value in all_of_them.items()))
 
 
 class Host:
@@ -179,14 +185,15 @@ class Host:
         if not NAME.fullmatch(name):
             raise Refused(f"{name!r} is no name of a host")
         self.run, self.name = run, name
-        self.directory = run.directory / "hosts" / name
+        self.note = run.directory / "hosts" / name  # its number; there from before it is made until all of it is gone
+        self.directory = run.directory / "disks" / name
         self.root = self.directory / "root"
         self.netns = f"{run.id}-{name}"
         self.cgroups = [place / run.id / name for place in CGROUPS]
 
     @property
     def number(self) -> int:
-        return int((self.directory / "number").read_text())
+        return int(self.note.read_text())
 
     @property
     def address(self) -> str:
@@ -201,8 +208,7 @@ class Host:
         made = (Path("/run/netns") / self.netns, Path(f"/sys/class/net/{self.run.id}-{number}"), *self.cgroups)
         if foreign := [str(thing) for thing in made if thing.exists()]:
             raise Refused(f"{', '.join(foreign)}: there already, and not made here: remove it first")
-        self.directory.mkdir(parents=True)
-        _write(self.directory / "number", str(number))
+        _write(self.note, str(number))
         try:
             self._disks(lower)
             self._identity()
@@ -214,7 +220,7 @@ class Host:
 
     def _disks(self, lower: Path) -> None:
         for part in ("changes", "work", "root"):
-            (self.directory / part).mkdir()
+            (self.directory / part).mkdir(parents=True)
         layers = f"lowerdir={lower},upperdir={self.directory}/changes,workdir={self.directory}/work"
         _do("mount", "-t", "overlay", self.netns, "-o", layers, self.root)
 
@@ -230,7 +236,7 @@ class Host:
         shutil.copy(f"{self.run.key}.pub", self.root / "root/.ssh/authorized_keys")
         resolved = Path("/run/systemd/resolve/resolv.conf")
         shutil.copy(resolved if resolved.exists() else "/etc/resolv.conf", etc / "resolv.conf")
-        self.run._names()
+        self.run.introduce()
 
     def _network(self) -> None:
         mtu = Path(f"/sys/class/net/{self.run.id}/mtu").read_text().strip()
@@ -274,7 +280,7 @@ class Host:
             for cgroup in self.cgroups:
                 (cgroup / "cgroup.procs").write_text(str(os.getpid()))
 
-        again = 'while "$@"; [ $? = %d ]; do :; done' % REBOOT
+        again = f'while "$@"; [ $? = {REBOOT} ]; do :; done'
         with (self.directory / "console").open("wb") as console:
             subprocess.Popen(
                 ["sh", "-c", again, "sh", *command],
@@ -289,9 +295,9 @@ class Host:
     def processes(self) -> list[int]:
         """All of them, as they are the ones in its cgroup."""
         found: list[int] = []
-        for file in self.cgroups[0].rglob("cgroup.procs") if self._noted() else ():
-            with contextlib.suppress(OSError):
-                found += map(int, file.read_text().split())
+        for directory, _, _ in os.walk(self.cgroups[0]) if self.note.exists() else ():
+            with contextlib.suppress(OSError):  # the host removes its own cgroups as we look
+                found += map(int, (Path(directory) / "cgroup.procs").read_text().split())
         return found
 
     def signal(self, number: int) -> None:
@@ -319,10 +325,13 @@ class Host:
                 if len(lines) == 2 and lines[0] != boot and lines[1] in ("running", "degraded"):
                     return lines[1]
             time.sleep(0.1)
-        raise Refused(f"{self.name} is not up after {UP_SECONDS} s: {said}; its console's last words: {self.console()}")
+        state = "does not answer" if self.processes() else "has ended"
+        raise Refused(f"{self.name} {state}; ssh: {said or 'nothing'}; its console's last words: {self.console()}")
 
     def reboot(self) -> str:
         before = self.ssh("cat /proc/sys/kernel/random/boot_id").stdout.strip()
+        if not before:
+            raise Refused(f"{self.name} does not answer by ssh")
         self.signal(signal.SIGRTMIN + 5)  # systemd: reboot
         return self.wait(time.monotonic() + UP_SECONDS, before)
 
@@ -333,7 +342,7 @@ class Host:
 
     def remove(self) -> None:
         """End all of its processes and take away all that is its own; from any state that a crash may have left."""
-        if not self._noted():
+        if not self.note.exists():
             return
 
         def gone() -> bool:
@@ -356,10 +365,9 @@ class Host:
                 Path(directory).rmdir()
             with contextlib.suppress(OSError):
                 cgroup.parent.rmdir()  # with the last host of the run
-        shutil.rmtree(self.directory)
-
-    def _noted(self) -> bool:
-        return (self.directory / "number").exists()
+        if self.directory.exists():
+            shutil.rmtree(self.directory)
+        self.note.unlink()
 
 
 @contextlib.contextmanager
@@ -391,7 +399,7 @@ def _exists(*command: str) -> bool:
 
 def _write(file: Path, text: str) -> None:
     """Whole or not at all."""
-    new = file.with_name(f"{file.name}.new")
+    new = file.with_name(f".{file.name}")
     new.write_text(text)
     new.rename(file)
 

@@ -11,12 +11,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-PACKAGES = """
-    systemd systemd-sysv libpam-systemd libnss-systemd dbus udev openssh-server openssh-client sudo
-    python3 python3-apt python3-venv python3-packaging python3-psycopg2 ca-certificates curl
-    iproute2 iputils-ping netbase procps less e2fsprogs xfsprogs parted rsync
-    ffmpeg bubblewrap chrony redis-server postgresql
-""".split()
+PACKAGES = (
+    "systemd systemd-sysv libpam-systemd libnss-systemd dbus udev openssh-server openssh-client sudo "
+    "python3 python3-apt python3-venv python3-packaging python3-psycopg2 ca-certificates curl "
+    "iproute2 iputils-ping netbase procps less e2fsprogs xfsprogs parted rsync "
+    "ffmpeg bubblewrap chrony redis-server postgresql"
+)
 # A role has to start its service itself, also where Debian's package is there already.
 DISABLED = ("chrony", "postgresql", "redis-server", "rsync")
 # The kernel, its settings and its disks are the machine's. What starts by the clock disturbs tests.
@@ -51,18 +51,16 @@ def image(directory: Path) -> Path:
         _remove(building)
         print(f"Building the image of test hosts ({suite}); its log is {directory}/image.log", flush=True)
         _build(building, suite, sources, access, directory / "image.log")
+        mounts = Path("/proc/self/mountinfo").read_text()
+        for old in directory.glob("image-*"):
+            if old != building and str(old) not in mounts:
+                shutil.rmtree(old)
         building.rename(done)
     return done
 
 
 def _build(root: Path, suite: str, sources: list[Path], access: list[Path], log: Path) -> None:
-    command = [
-        "mmdebstrap",
-        "--variant=minbase",
-        "--mode=root",
-        "--format=directory",
-        f"--include={','.join(PACKAGES)}",
-    ]
+    command = ["mmdebstrap", "--variant=minbase", "--mode=root", "--format=directory", f"--include={PACKAGES}"]
     command += ["--skip=cleanup/apt/lists", "--aptopt=Acquire::Languages none"]
     command += [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "man", "locale")]
     with log.open("wb") as output:

@@ -270,7 +270,7 @@ class Host:
             (self.root / "etc/udev/rules.d/90-test-host.rules").write_text(
                 f'SUBSYSTEM=="block", KERNEL=="{loop[5:]}", SYMLINK+="{links}", TAG+="systemd"\n'
             )
-        # What nspawn keeps from a host by itself (clock, modules) stays so; /sys is writable, without which there is no udev.
+        # nspawn keeps clock and modules from a host; /sys is writable, or there would be no udev.
         command = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", f"--directory={self.root}"]
         command += [f"--machine={self.name}", f"--network-namespace-path=/run/netns/{self.netns}"]
         command += ["--resolv-conf=off", "--timezone=off", "--link-journal=no", "--console=pipe"]

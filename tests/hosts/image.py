@@ -40,7 +40,7 @@ ACCESS = ("/etc/pip.conf", "/usr/local/share/ca-certificates")
 def image(directory: Path) -> Path:
     """The image, built in `directory` if it is not there; the caller holds a lock on that."""
     suite = _os_release()["VERSION_CODENAME"]
-    sources = _debian_sources()
+    sources = _debian_sources(suite)
     access = [file for place in ACCESS for file in _files(Path(place))]
     digest = hashlib.sha256(suite.encode())
     for file in (Path(__file__), *sources, *access):
@@ -92,13 +92,16 @@ def _build(root: Path, suite: str, sources: list[Path], access: list[Path], log:
             key.unlink()
 
 
-def _debian_sources() -> list[Path]:
-    """The machine's own package sources, without those of others."""
+def _debian_sources(suite: str) -> list[Path]:
+    """The machine's package sources, without those that others have signed."""
     places = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*.*"))]
-    own = [file for file in places if file.suffix in (".list", ".sources") and file.is_file()]
-    own = [file for file in own if "debian-archive-keyring" in file.read_text()]
+    texts = {file: file.read_text() for file in places if file.suffix in (".list", ".sources") and file.is_file()}
+    signed = {
+        file: "signed-by" in text.lower() and "debian-archive-keyring" not in text for file, text in texts.items()
+    }
+    own = [file for file, text in texts.items() if suite in text and not signed[file]]
     if not own:
-        raise RuntimeError("no apt source here is signed by debian-archive-keyring: test hosts need a Debian machine")
+        raise RuntimeError(f"no apt source of Debian {suite} here: test hosts need a Debian machine")
     return own
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import ipaddress
 import json
@@ -21,10 +20,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from image import INIT, image
+from image import INIT, image, locked
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "hosts"
 # Where systemd keeps its cgroups: in one place or, where there are still cgroups of the first kind, in two.
@@ -61,8 +60,8 @@ class Run:
         return sorted(found, key=lambda host: host.number)
 
     def up(self, names: list[str], disk: int) -> None:
-        with _locked(self.cache / "lock"):
-            lower = image(self.cache)
+        lower = image(self.cache)
+        with locked(self.cache / "lock"):
             try:
                 for host in (Host(self, name) for name in names):
                     if host.processes():
@@ -84,7 +83,7 @@ class Run:
 
     def down(self, names: list[str], *, orderly: bool) -> None:
         """Shut hosts down, or cut their power, and take away all that is theirs; with the last one, the network."""
-        with _locked(self.cache / "lock"):
+        with locked(self.cache / "lock"):
             hosts = [Host(self, name) for name in names]
             if unknown := [host.name for host in hosts if not host.note.exists()]:
                 raise Refused(f"not of this run: {' '.join(unknown)}; it has: {' '.join(h.name for h in self.hosts())}")
@@ -370,14 +369,6 @@ class Host:
         if self.directory.exists():
             shutil.rmtree(self.directory)
         self.note.unlink()
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _until(true: Callable[[], object], seconds: float) -> bool:

@@ -5,10 +5,13 @@ It is built once and kept in .cache/hosts under a name that is a hash of this fi
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGES = (
@@ -38,7 +41,7 @@ ACCESS = ("/etc/pip.conf", "/usr/local/share/ca-certificates")
 
 
 def image(directory: Path) -> Path:
-    """The image, built in `directory` if it is not there; the caller holds a lock on that."""
+    """The image, built in `directory` if it is not there."""
     suite = _os_release()["VERSION_CODENAME"]
     sources = _debian_sources(suite)
     access = [file for place in ACCESS for file in _files(Path(place))]
@@ -46,17 +49,26 @@ def image(directory: Path) -> Path:
     for file in (Path(__file__), *sources, *access):
         digest.update(f"\n{file.name}\n".encode() + file.read_bytes())
     done = directory / f"image-{digest.hexdigest()[:12]}"
-    if not done.exists():
-        building = directory / "image-unfinished"
-        _remove(building)
-        print(f"Building the image of test hosts ({suite}); its log is {directory}/image.log", flush=True)
-        _build(building, suite, sources, access, directory / "image.log")
-        mounts = Path("/proc/self/mountinfo").read_text()
-        for old in directory.glob("image-*"):
-            if old != building and str(old) not in mounts:
-                shutil.rmtree(old)
-        building.rename(done)
+    with locked(directory / "image.lock"):
+        if not done.exists():
+            building = directory / "image-unfinished"
+            _remove(building)
+            print(f"Building the image of test hosts ({suite}); its log is {directory}/image.log", flush=True)
+            _build(building, suite, sources, access, directory / "image.log")
+            mounts = Path("/proc/self/mountinfo").read_text()
+            for old in directory.glob("image-*"):
+                if old != building and str(old) not in mounts:
+                    shutil.rmtree(old)
+            building.rename(done)
     return done
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _build(root: Path, suite: str, sources: list[Path], access: list[Path], log: Path) -> None:

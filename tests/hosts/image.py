@@ -79,7 +79,7 @@ def _build(root: Path, suite: str, sources: list[Path], access: list[Path], log:
 
         def run(*argv: object) -> None:
             # PostgreSQL makes its first cluster in this locale.
-            environment = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "LC_ALL": "C.UTF-8"}
+            environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "LC_ALL": "C.UTF-8"}
             words = [str(word) for word in argv]
             if subprocess.run(
                 words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment

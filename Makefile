@@ -28,4 +28,5 @@ lint:  ## ruff, mypy and the imports between rooms
 	@tests/stack/bootstrap.sh test && exec .venv/bin/python tests/run.py lint
 
 clean:  ## Remove everything that make made here
+	@for run in .cache/hosts/runs/*/; do [ ! -d $$run ] || tests/hosts/hosts.py --run $$(basename $$run) destroy --all; done
 	rm -rf .venv .demo .cache .build .hypothesis

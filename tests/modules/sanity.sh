@@ -25,14 +25,8 @@ tests=$(grep -c '^Running sanity test' "$work/log") || { cat "$work/log" >&2; ex
 echo "$tests sanity tests, nothing ignored"
 [ $# = 0 ] || exit 0
 
-# In an environment of their own: they want other versions of what the tests have.
-lint=$checkout/.cache/lint lock=$checkout/tests/stack/locks/lint.txt
-if ! cmp -s "$lock" "$lint/lock"; then
-    say_if_failed python -m venv --clear "$lint"
-    say_if_failed "$lint/bin/pip" install --no-deps -r "$lock"
-    cp "$lock" "$lint/lock"
-fi
-export PATH=$lint/bin:$PATH
+say_if_failed "$checkout/tests/stack/ansible.sh"
+export PATH=$checkout/.cache/ansible/bin:$PATH ANSIBLE_COLLECTIONS_PATH=$work:$checkout/.cache/ansible/collections
 say_if_failed ansible-lint --offline --nocolor --strict --profile production
 grep -h '^Passed' "$work/log" | sed 's/^/ansible-lint: /'
 say_if_failed antsibull-docs lint-collection-docs --plugin-docs .

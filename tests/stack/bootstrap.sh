@@ -55,7 +55,7 @@ if [ "$profile" = test ]; then
         [swift-object]=swift-object-server [memcached]=memcached [openssh-server]=sshd [openssh-client]=ssh
         [ffmpeg]=ffmpeg [openssl]=openssl [espeak-ng]=espeak-ng
         [xfsprogs]=mkfs.xfs [btrfs-progs]=mkfs.btrfs [lvm2]=pvcreate [cryptsetup-bin]=cryptsetup [fdisk]=sfdisk
-        [rsync]=rsync [bubblewrap]=bwrap
+        [rsync]=rsync [bubblewrap]=bwrap [mmdebstrap]=mmdebstrap [systemd-container]=systemd-nspawn [nftables]=nft [iproute2]=ip
     )
     for package in "${!program[@]}"; do
         PATH=$PATH:/usr/sbin:/sbin command -v "${program[$package]}" >/dev/null || missing+=("$package")

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos fuzz compat lint clean
+.PHONY: help demo test chaos fuzz molecule compat lint clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -21,6 +21,9 @@ fuzz:  ## Broken input for one parser, guided by coverage (TARGET=tar SECONDS=36
 		.venv/bin/python -m pip install -q --disable-pip-version-check --upgrade --target .cache/atheris 'atheris>=3,<4' && \
 		PYTHONPATH=.cache/atheris exec .venv/bin/python tests/worker/fuzz/guided.py $(TARGET) -max_total_time=$(SECONDS)
 
+molecule:  ## The roles on test hosts with systemd (SCENARIO=redis: one of them); as root
+	@tests/stack/bootstrap.sh test && exec molecule/run.sh test $(if $(SCENARIO),-s $(SCENARIO),--all)
+
 compat:  ## The collection on ansible-core 2.17 and the newest, its modules by Python 3.9 (needs python3.9 and python3.12)
 	@tests/stack/bootstrap.sh test && exec tests/modules/compat.sh
 
@@ -28,5 +31,5 @@ lint:  ## ruff, mypy and the imports between rooms
 	@tests/stack/bootstrap.sh test && exec .venv/bin/python tests/run.py lint
 
 clean:  ## Remove everything that make made here
-	@for run in .cache/hosts/runs/*/; do [ ! -d $$run ] || tests/hosts/hosts.py --run $$(basename $$run) destroy --all; done
+	@[ ! -d .cache/hosts ] || tests/hosts/hosts.py destroy --all
 	rm -rf .venv .demo .cache .build .hypothesis

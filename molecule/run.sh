@@ -16,4 +16,4 @@ checkout=$PWD
     ansible-galaxy collection build --output-path . "$checkout"
     ansible-galaxy collection install --offline --no-deps -p collections lab-audio-*.tar.gz
 ) >$work/build.log 2>&1 || { cat $work/build.log >&2; exit 1; }
-exec molecule --config molecule/config.yml "$@"
+exec molecule --base-config molecule/config.yml "$@"

@@ -26,6 +26,8 @@ REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
 NO_TESTS = 5
 CAMPAIGN = "chaos"
 SANITY = "sanity"
+MOLECULE = "molecule"
+HOSTS = CHECKOUT / "tests" / "hosts" / "hosts.py"
 LEAVE_SECONDS = 10
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -38,6 +40,7 @@ TIERS = {
     "integration": ("tests/worker/integration", ["-n2", "--dist=loadfile"]),
     "protocol": ("tests/worker/protocol", ["-n2", "--dist=worksteal"]),
     "end_to_end": ("tests/worker/end_to_end", []),
+    "hosts": ("tests/hosts", []),
 }
 # Of the lines of the modules and module_utils, in percent.
 COVERED = 90
@@ -65,9 +68,10 @@ def main(wanted: list[str]) -> int:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     # Whatever a test leaves behind becomes our child, so that it can be named and ended.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    unknown = set(wanted) - {"lint", SANITY, *TIERS, CAMPAIGN}
+    unknown = set(wanted) - {"lint", SANITY, *TIERS, MOLECULE, CAMPAIGN}
     if unknown:
-        print(f"not a tier: {', '.join(sorted(unknown))}; there are lint, {SANITY}, {', '.join(TIERS)}, {CAMPAIGN}")
+        known = ["lint", SANITY, *TIERS, MOLECULE, CAMPAIGN]
+        print(f"not a tier: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
         return 2
     outcomes: dict[str, Outcome] = {}
     try:
@@ -81,6 +85,8 @@ def main(wanted: list[str]) -> int:
                 outcomes[name] = tier(name)
                 if name == "modules":
                     outcomes["coverage"] = coverage()
+        if not wanted or MOLECULE in wanted:
+            outcomes[MOLECULE] = molecule()
         if not wanted or CAMPAIGN in wanted:
             outcomes[CAMPAIGN] = campaign()
     except KeyboardInterrupt:
@@ -117,6 +123,21 @@ def tier(name: str) -> Outcome:
     elif REQUIRE_ALL and outcome.skipped:
         outcome.ok, outcome.note = False, "REQUIRE_ALL=1, and not all of it ran"
     return outcome
+
+
+def molecule() -> Outcome:
+    """Each role on hosts with systemd."""
+    say(MOLECULE)
+    if os.getuid() != 0:
+        return Outcome(not REQUIRE_ALL, 0, skipped=Counter({"test hosts need root": 1}))
+    began = time.monotonic()
+    try:
+        code = run([str(CHECKOUT / "molecule" / "run.sh"), "test", "--all"], CHECKOUT)
+    finally:
+        left = end_leftovers(LEAVE_SECONDS)
+        for scenario in CHECKOUT.glob("molecule/*/molecule.yml"):
+            run([sys.executable, str(HOSTS), "--run", scenario.parent.name, "destroy", "--all"], CHECKOUT)
+    return Outcome(code == 0 and not left, time.monotonic() - began, f"left running: {'; '.join(left)}" if left else "")
 
 
 def campaign() -> Outcome:

@@ -61,13 +61,16 @@ class Run:
     def up(self, names: list[str], disk: int) -> None:
         with _locked(self.cache / "lock"):
             lower = image(self.cache)
-            for host in (Host(self, name) for name in names):
-                if host.processes():
-                    print(f"{host.name} is up already")
-                    continue
-                host.remove()
-                self._network()
-                host.make(lower, disk)
+            try:
+                for host in (Host(self, name) for name in names):
+                    if host.processes():
+                        print(f"{host.name} is up already")
+                        continue
+                    host.remove()  # what a crash left
+                    self._network()
+                    host.make(lower, disk)
+            finally:
+                self._settle()
         self.wait(names)
 
     def wait(self, names: list[str]) -> None:
@@ -91,17 +94,21 @@ class Run:
                 if orderly and host.processes():
                     print(f"{host.name} has not shut down in {DOWN_SECONDS} s: killed")
                 host.remove()
-            if self.hosts():
-                self.introduce()
-            elif self.directory.exists():
-                self._remove_network()
-                shutil.rmtree(self.directory)
+            self._settle()
 
     def host(self, name: str) -> Host:
         host = Host(self, name)
         if not host.processes():
             raise Refused(f"{name} is not up; its console's last words: {host.console()}")
         return host
+
+    def _settle(self) -> None:
+        """The hosts know each other; without any, there is no network."""
+        if self.hosts():
+            self._introduce()
+        elif (self.directory / "net").exists():
+            self._remove_network()
+            shutil.rmtree(self.directory)
 
     def _network(self) -> None:
         """Bridge, subnet and the way out; the controller's key."""
@@ -154,7 +161,7 @@ class Run:
             FORWARDING.write_text(FORWARDING_WAS.read_text())
             FORWARDING_WAS.unlink()
 
-    def introduce(self) -> None:
+    def _introduce(self) -> None:
         """Each host knows the others by name, and so does ssh here: ssh -F .../ssh_config NAME."""
         hosts = self.hosts()
         known = "".join(f"{host.address} {host.name}\n" for host in hosts)
@@ -236,7 +243,6 @@ class Host:
         shutil.copy(f"{self.run.key}.pub", self.root / "root/.ssh/authorized_keys")
         resolved = Path("/run/systemd/resolve/resolv.conf")
         shutil.copy(resolved if resolved.exists() else "/etc/resolv.conf", etc / "resolv.conf")
-        self.run.introduce()
 
     def _network(self) -> None:
         mtu = Path(f"/sys/class/net/{self.run.id}/mtu").read_text().strip()
@@ -406,7 +412,7 @@ def _write(file: Path, text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--run", default="default", metavar="NAME", help="a network of hosts of its own")
+    parser.add_argument("--run", metavar="NAME", help="a network of hosts of its own (default: default)")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in {
         "up": "make hosts and wait for them; one that is up stays as it is",
@@ -420,13 +426,13 @@ def main() -> int:
         if name != "list":
             command.add_argument("names", nargs="*" if name in ("down", "destroy") else "+", metavar="HOST")
         if name in ("down", "destroy"):
-            command.add_argument("--all", action="store_true", help="all of this run, and what a crash left of it")
+            command.add_argument("--all", action="store_true", help="all of this run (without --run: of all)")
         if name == "up":
             command.add_argument("--disk", type=int, default=0, metavar="MB", help="an empty disk, /dev/vdb")
     arguments = parser.parse_args()
     if os.getuid() != 0:
         parser.error("test hosts need root")
-    run = Run(arguments.run)
+    run = Run(arguments.run or "default")
     try:
         match arguments.command:
             case "up":
@@ -439,8 +445,10 @@ def main() -> int:
             case "down" | "destroy":
                 if arguments.all == bool(arguments.names):
                     parser.error("either names of hosts or --all")
-                names = [host.name for host in run.hosts()] if arguments.all else arguments.names
-                run.down(names, orderly=arguments.command == "down")
+                every = arguments.all and not arguments.run
+                for one in [Run(place.name) for place in CACHE.glob("runs/*")] if every else [run]:
+                    names = [host.name for host in one.hosts()] if arguments.all else arguments.names
+                    one.down(names, orderly=arguments.command == "down")
             case "list":
                 for host in run.hosts():
                     print(f"{host.name} {host.address} {'up' if host.processes() else 'down'}")

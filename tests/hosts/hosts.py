@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import ipaddress
 import json
@@ -21,10 +20,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from image import INIT, image
+from image import INIT, image, locked
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "hosts"
 # Where systemd keeps its cgroups: in one place or, where there are still cgroups of the first kind, in two.
@@ -45,6 +44,8 @@ class Run:
     """A network of hosts. Everything about it lies in its directory."""
 
     def __init__(self, name: str, cache: Path = CACHE) -> None:
+        if not re.fullmatch(r"[a-z0-9_-]+", name):
+            raise Refused(f"{name!r} is no name of a run: small letters, digits, _ and - only")
         self.cache, self.directory = cache, cache / "runs" / name
         self.key = self.directory / "ssh_key"
         self.ssh_config = self.directory / "ssh_config"
@@ -59,8 +60,8 @@ class Run:
         return sorted(found, key=lambda host: host.number)
 
     def up(self, names: list[str], disk: int) -> None:
-        with _locked(self.cache / "lock"):
-            lower = image(self.cache)
+        lower = image(self.cache)
+        with locked(self.cache / "lock"):
             try:
                 for host in (Host(self, name) for name in names):
                     if host.processes():
@@ -82,7 +83,7 @@ class Run:
 
     def down(self, names: list[str], *, orderly: bool) -> None:
         """Shut hosts down, or cut their power, and take away all that is theirs; with the last one, the network."""
-        with _locked(self.cache / "lock"):
+        with locked(self.cache / "lock"):
             hosts = [Host(self, name) for name in names]
             if unknown := [host.name for host in hosts if not host.note.exists()]:
                 raise Refused(f"not of this run: {' '.join(unknown)}; it has: {' '.join(h.name for h in self.hosts())}")
@@ -268,17 +269,11 @@ class Host:
             (self.root / "etc/udev/rules.d/90-test-host.rules").write_text(
                 f'SUBSYSTEM=="block", KERNEL=="{loop[5:]}", SYMLINK+="{links}", TAG+="systemd"\n'
             )
-        # A hardware's clock, its modules and its settings stay out of reach; /sys may be written, for udev.
+        # nspawn keeps clock and modules from a host; /sys is writable, or there would be no udev.
         command = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", f"--directory={self.root}"]
         command += [f"--machine={self.name}", f"--network-namespace-path=/run/netns/{self.netns}"]
-        command += [
-            "--resolv-conf=off",
-            "--timezone=off",
-            "--link-journal=no",
-            "--console=pipe",
-            "--kill-signal=SIGRTMIN+3",
-        ]
-        command += ["--capability=CAP_NET_ADMIN", "--system-call-filter=@mount", *more, INIT]
+        command += ["--resolv-conf=off", "--timezone=off", "--link-journal=no", "--console=pipe"]
+        command += ["--capability=CAP_NET_ADMIN", *more, INIT]
         for cgroup in self.cgroups:
             cgroup.mkdir(parents=True)
 
@@ -376,14 +371,6 @@ class Host:
         self.note.unlink()
 
 
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _until(true: Callable[[], object], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while not (reached := true()) and time.monotonic() < deadline:
@@ -432,8 +419,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if os.getuid() != 0:
         parser.error("test hosts need root")
-    run = Run(arguments.run or "default")
     try:
+        run = Run(arguments.run or "default")
         match arguments.command:
             case "up":
                 run.up(arguments.names, arguments.disk)

@@ -5,10 +5,13 @@ It is built once and kept in .cache/hosts under a name that is a hash of this fi
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGES = (
@@ -38,25 +41,34 @@ ACCESS = ("/etc/pip.conf", "/usr/local/share/ca-certificates")
 
 
 def image(directory: Path) -> Path:
-    """The image, built in `directory` if it is not there; the caller holds a lock on that."""
+    """The image, built in `directory` if it is not there."""
     suite = _os_release()["VERSION_CODENAME"]
-    sources = _debian_sources()
+    sources = _debian_sources(suite)
     access = [file for place in ACCESS for file in _files(Path(place))]
     digest = hashlib.sha256(suite.encode())
     for file in (Path(__file__), *sources, *access):
         digest.update(f"\n{file.name}\n".encode() + file.read_bytes())
     done = directory / f"image-{digest.hexdigest()[:12]}"
-    if not done.exists():
-        building = directory / "image-unfinished"
-        _remove(building)
-        print(f"Building the image of test hosts ({suite}); its log is {directory}/image.log", flush=True)
-        _build(building, suite, sources, access, directory / "image.log")
-        mounts = Path("/proc/self/mountinfo").read_text()
-        for old in directory.glob("image-*"):
-            if old != building and str(old) not in mounts:
-                shutil.rmtree(old)
-        building.rename(done)
+    with locked(directory / "image.lock"):
+        if not done.exists():
+            building = directory / "image-unfinished"
+            _remove(building)
+            print(f"Building the image of test hosts ({suite}); its log is {directory}/image.log", flush=True)
+            _build(building, suite, sources, access, directory / "image.log")
+            mounts = Path("/proc/self/mountinfo").read_text()
+            for old in directory.glob("image-*"):
+                if old != building and str(old) not in mounts:
+                    shutil.rmtree(old)
+            building.rename(done)
     return done
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _build(root: Path, suite: str, sources: list[Path], access: list[Path], log: Path) -> None:
@@ -67,7 +79,7 @@ def _build(root: Path, suite: str, sources: list[Path], access: list[Path], log:
 
         def run(*argv: object) -> None:
             # PostgreSQL makes its first cluster in this locale.
-            environment = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "LC_ALL": "C.UTF-8"}
+            environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "LC_ALL": "C.UTF-8"}
             words = [str(word) for word in argv]
             if subprocess.run(
                 words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
@@ -92,13 +104,16 @@ def _build(root: Path, suite: str, sources: list[Path], access: list[Path], log:
             key.unlink()
 
 
-def _debian_sources() -> list[Path]:
-    """The machine's own package sources, without those of others."""
+def _debian_sources(suite: str) -> list[Path]:
+    """The machine's package sources, without those that others have signed."""
     places = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*.*"))]
-    own = [file for file in places if file.suffix in (".list", ".sources") and file.is_file()]
-    own = [file for file in own if "debian-archive-keyring" in file.read_text()]
+    texts = {file: file.read_text() for file in places if file.suffix in (".list", ".sources") and file.is_file()}
+    signed = {
+        file: "signed-by" in text.lower() and "debian-archive-keyring" not in text for file, text in texts.items()
+    }
+    own = [file for file, text in texts.items() if suite in text and not signed[file]]
     if not own:
-        raise RuntimeError("no apt source here is signed by debian-archive-keyring: test hosts need a Debian machine")
+        raise RuntimeError(f"no apt source of Debian {suite} here: test hosts need a Debian machine")
     return own
 
 

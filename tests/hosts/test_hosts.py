@@ -13,6 +13,8 @@ from needed import missing
 
 from hosts import CGROUPS, FORWARDING, Host, Refused, Run
 
+pytestmark = pytest.mark.timeout(900)  # the first of them may have to wait for the image
+
 
 @pytest.fixture
 def run() -> Iterator[Run]:

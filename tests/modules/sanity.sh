@@ -27,6 +27,7 @@ echo "$tests sanity tests, nothing ignored"
 
 say_if_failed "$checkout/tests/stack/ansible.sh"
 export PATH=$checkout/.cache/ansible/bin:$PATH ANSIBLE_COLLECTIONS_PATH=$work:$checkout/.cache/ansible/collections
+cp -r "$checkout/molecule" . # not part of the collection, but looked at with it
 say_if_failed ansible-lint --offline --nocolor --strict --profile production
 grep -h '^Passed' "$work/log" | sed 's/^/ansible-lint: /'
 say_if_failed antsibull-docs lint-collection-docs --plugin-docs .

@@ -12,7 +12,7 @@ from lab_audio.cli.app import app, run
 from lab_audio.media import transcode
 from lab_audio.workers.host import has_sandbox
 
-WORKERS: dict[str, type[config.TransferSettings] | type[config.UnpackSettings] | type[config.GpuSettings]] = {
+WORKERS: dict[str, type[config.StoreSettings]] = {
     "transfer-worker": config.TransferSettings,
     "unpack-worker": config.UnpackSettings,
     "gpu-worker": config.GpuSettings,
@@ -20,16 +20,20 @@ WORKERS: dict[str, type[config.TransferSettings] | type[config.UnpackSettings] |
 
 
 @app.command()
-def check(worker: Annotated[str, typer.Argument(help=f"One of {', '.join(WORKERS)}.")]) -> None:
+def check(
+    worker: Annotated[
+        str | None, typer.Argument(help=f"One of {', '.join(WORKERS)}; default: what all of them need.")
+    ] = None,
+) -> None:
     """Ask whether a worker could work here: its settings, its programs and libraries, and each store once.
 
     Changes nothing. Ends at the first thing that is wrong, and says what to do about it.
     """
-    if worker not in WORKERS:
+    if worker is not None and worker not in WORKERS:
         raise typer.BadParameter(f"{worker} is not one of {', '.join(WORKERS)}")
 
     def act() -> None:
-        settings = config.load(WORKERS[worker])
+        settings = config.load(WORKERS[worker] if worker else config.StoreSettings)
         good("settings")
         if isinstance(settings, config.MediaSettings):
             transcode.ffmpeg_command()

@@ -83,6 +83,10 @@ class S3Settings(_Settings):
     s3_ca_bundle: Path | None = Field(None, description="File of CA certificates, where the system's do not do")
 
 
+class StoreSettings(LedgerSettings, QueueSettings, S3Settings):
+    """All three stores."""
+
+
 HOST_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 
 
@@ -110,7 +114,7 @@ class MediaSettings(HostSettings):
     )
 
 
-class TransferSettings(LedgerSettings, QueueSettings, S3Settings):
+class TransferSettings(StoreSettings):
     """The transfer worker."""
 
     source: str = Field(
@@ -132,7 +136,7 @@ class TransferSettings(LedgerSettings, QueueSettings, S3Settings):
     )
 
 
-class UnpackSettings(LedgerSettings, QueueSettings, S3Settings, MediaSettings):
+class UnpackSettings(StoreSettings, MediaSettings):
     """The unpack worker."""
 
     transcode_threads: int = Field(
@@ -147,7 +151,7 @@ class UnpackSettings(LedgerSettings, QueueSettings, S3Settings, MediaSettings):
     opus_bitrate: int = Field(24_000, ge=6_000, le=256_000, description="Bits per second of the kept Opus")
 
 
-class GpuSettings(LedgerSettings, QueueSettings, S3Settings, MediaSettings):
+class GpuSettings(StoreSettings, MediaSettings):
     """The GPU worker."""
 
     models_root: AbsolutePath = Field(Path("/data/models"), description="Directory of models: whisperx/ and gemma/")
@@ -169,10 +173,6 @@ class GpuSettings(LedgerSettings, QueueSettings, S3Settings, MediaSettings):
     decode_threads: int = Field(2, ge=1, description="Recordings decoded ahead of the models")
     upload_threads: int = Field(4, ge=1, description="Recordings uploaded behind the models")
     max_attempts: int = Field(5, ge=2, description="Tries of one recording before it is set aside")
-
-
-class StoreSettings(LedgerSettings, QueueSettings, S3Settings):
-    """All three stores."""
 
 
 class ReconcileSettings(StoreSettings):

@@ -35,6 +35,7 @@ from botocore.config import Config
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
+from lab_audio import notify
 from lab_audio.config import HostSettings, S3Settings, load
 from lab_audio.contracts import BATCH_ID, MAX_INTEGER, SourceFile, archive_key, check_batch_id, is_utf8, processed_key
 from lab_audio.errors import ConfigError, Fatal, LabAudioError, NotFound, Permanent, Retryable
@@ -154,8 +155,8 @@ def check_bucket(bucket: Bucket) -> None:
         raise Fatal(f"{_place(bucket)} does not exist: create the bucket, or correct S3_BUCKET") from None
 
 
-def ensure_bucket(bucket: Bucket) -> None:
-    """Create the bucket if it is missing."""
+def ensure_bucket(bucket: Bucket) -> bool:
+    """Create the bucket if it is missing, and tell whether it was."""
     try:
         with asking(bucket, "HeadBucket"):
             bucket.client.head_bucket(Bucket=bucket.name)
@@ -168,6 +169,9 @@ def ensure_bucket(bucket: Bucket) -> None:
             except aws.ClientError as error:
                 if error.response["Error"]["Code"] != "BucketAlreadyOwnedByYou":
                     raise
+                return False
+        return True
+    return False
 
 
 def upload_archive(
@@ -211,6 +215,7 @@ def upload_archive(
             bucket.name,
             key,
             ExtraArgs={"Metadata": metadata, "ContentType": "application/x-tar"},
+            Callback=lambda _bytes: notify.progress(),
             Config=TransferConfig(
                 multipart_threshold=part_size,
                 multipart_chunksize=part_size,
@@ -387,6 +392,7 @@ class ArchiveStream(io.RawIOBase):
                 if not count or self._stopped.is_set():
                     raise aws.IncompleteReadError(actual_bytes=filled, expected_bytes=length)
                 filled += count
+                notify.progress()
         except BaseException:
             body.close()
             raise
@@ -553,6 +559,7 @@ def asking(bucket: Bucket, operation: str, key: str = "") -> Iterator[None]:
     """Around calls of the client: what boto3 or those below it raise becomes Retryable, NotFound, Fatal."""
     try:
         yield
+        notify.progress()
     except (
         aws.BotoCoreError,
         aws.ClientError,
@@ -694,6 +701,7 @@ def _digests(path: Path, part_size: int | None, sha256: str | None) -> tuple[str
             md5, left = hashlib.md5(usedforsecurity=False), part_size
             while block := file.read(MIB if left is None else min(MIB, left)):
                 md5.update(block)
+                notify.progress()
                 if whole:
                     whole.update(block)
                 if left is not None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO, Literal, cast
 
+from lab_audio import notify
 from lab_audio.contracts import MAX_INTEGER, SourceFile
 from lab_audio.errors import ConfigError, Fatal, LabAudioError, NotFound, Permanent, Retryable
 from lab_audio.log import get_logger
@@ -231,6 +232,7 @@ def fetch_file(source: Source, file: SourceFile, path: Path) -> tuple[str, int]:
                     break
                 out.write(data)
                 digest.update(data)
+                notify.progress()
             else:
                 complaint = run.finish()
     except OSError as error:
@@ -281,6 +283,7 @@ def _encode(path: str) -> bytes:
 def _records(source: Source, out: BinaryIO) -> Iterator[bytes]:
     rest = b""
     while data := out.read(MAX_RECORD_BYTES):
+        notify.progress()
         *whole, rest = (rest + data).split(b"\0")
         yield from whole
         if len(rest) > MAX_RECORD_BYTES:

@@ -33,6 +33,18 @@ def migrate() -> None:
 
 
 @app.command()
+def ensure_bucket() -> None:
+    """Create the bucket in the object store if it is missing."""
+
+    def act() -> None:
+        bucket = s3_utils.open_bucket(config.load(config.S3Settings))
+        created = s3_utils.ensure_bucket(bucket)
+        typer.echo(f"bucket {bucket.name} {'created' if created else 'is there'}")
+
+    run(act)
+
+
+@app.command()
 def pause(
     host: Annotated[str | None, typer.Argument(help="Host to pause.", callback=utf8)] = None,
     everywhere: Annotated[bool, typer.Option("--all", help="Pause every host, also those still to come.")] = False,

@@ -22,7 +22,7 @@ from lab_audio.ledger.batches import (
     take,
     waiting_job,
 )
-from lab_audio.ledger.connection import check_migrated, migrate, open_ledger
+from lab_audio.ledger.connection import check_answers, check_migrated, migrate, open_ledger
 from lab_audio.ledger.dead import (
     DeadLetter,
     dead_batches,
@@ -78,6 +78,7 @@ __all__ = [
     "beat",
     "begin",
     "bury",
+    "check_answers",
     "check_migrated",
     "count_settled",
     "dead_batches",

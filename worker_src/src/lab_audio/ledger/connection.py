@@ -117,6 +117,12 @@ def migrate(engine: Engine) -> tuple[str | None, str]:
     return before, str(ScriptDirectory.from_config(config).get_current_head())
 
 
+def check_answers(engine: Engine) -> None:
+    """Raises ConfigError where PostgreSQL does not let us in, Retryable where it is away."""
+    with transaction(engine) as connection:
+        connection.execute(text("SELECT 1"))
+
+
 def check_migrated(engine: Engine) -> None:
     """Raises Fatal unless the tables are those of this release."""
     head = ScriptDirectory.from_config(_alembic()).get_current_head()

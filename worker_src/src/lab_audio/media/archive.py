@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
+from lab_audio import notify
 from lab_audio.contracts import MAX_INTEGER, SourceFile, item_of
 from lab_audio.errors import Fatal, LabAudioError, Permanent, Retryable
 
@@ -100,6 +101,7 @@ def build(members: Iterable[tuple[SourceFile, BinaryIO]], path: Path) -> Built:
                 out.write(data)
                 digest.update(data)
                 size += len(data)
+                notify.progress()
 
             for file, stream in members:
                 write(_headers_of(file))

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lab_audio import notify
 from lab_audio.errors import Fatal, Permanent
 from lab_audio.media import sandbox
 
@@ -261,6 +262,7 @@ def _pump(
                         process.stdin.close()
                 elif block := os.read(key.fd, _BLOCK):
                     if key.fileobj is process.stdout:
+                        notify.progress()
                         given = time.monotonic()
                         yield block
                         deadline += time.monotonic() - given

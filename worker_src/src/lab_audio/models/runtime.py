@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +36,16 @@ def offline_imports(models_root: Path) -> Iterator[None]:
         raise Fatal(
             f"the models' libraries cannot be imported ({error}): install the package with its extra [gpu]"
         ) from error
+
+
+def check_libraries(models_root: Path, devices: Sequence[str]) -> None:
+    """Raises Fatal where a library cannot be imported or a device is not there, ConfigError for another name."""
+    with offline_imports(models_root):
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+        import whisperx  # noqa: F401
+    for device in devices:
+        select_device(device)
 
 
 @contextmanager

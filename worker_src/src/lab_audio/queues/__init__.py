@@ -54,6 +54,12 @@ def _translated(client: redis.Redis) -> Iterator[None]:
         raise Retryable(f"{_where(client)}: {error}", "Redis") from error
 
 
+def check_answers(client: redis.Redis) -> None:
+    """Raises ConfigError where Redis does not let us in, Retryable where it is away."""
+    with _translated(client):
+        client.ping()
+
+
 def _where(client: redis.Redis) -> str:
     options = client.connection_pool.connection_kwargs
     return f"Redis at {options.get('path') or '{}:{}'.format(options.get('host'), options.get('port'))}"

@@ -27,7 +27,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lab_audio import ledger, log, queues, s3_utils, scratch
+from lab_audio import ledger, log, notify, queues, s3_utils, scratch
 from lab_audio.config import GpuSettings
 from lab_audio.contracts import (
     TRANSCRIBE,
@@ -59,6 +59,7 @@ from lab_audio.workers.recognition import Models, joined, load_models, prove, wa
 
 IDLE_SECONDS = 2
 WATCH_SECONDS = 1.0
+LOAD_SECONDS = 1800.0
 HAND_BACK_SECONDS, HAND_BACK_PAUSE = 10.0, 0.5
 STEADY_SECONDS = 600.0
 TURNED_SICK = "its worker turned sick"
@@ -511,6 +512,7 @@ def work_slot(settings: GpuSettings, models: Callable[[], Models], stop: Stop) -
     slot, inbox = open_inbox(host, "gpu")
     beat(host, stop, gpu=True)
     log.get_logger().info("gpu slot ready", host=host.name, slot=slot.number)
+    notify.progress()
     try:
         Slot(host, inbox, loaded, settings, stop).run()
     finally:
@@ -578,6 +580,8 @@ def supervise(settings: GpuSettings, devices: Sequence[str], stop: Stop) -> None
     children: list[BaseProcess | None] = [None] * len(devices)
     deaths = [0] * len(devices)
     due = [0.0] * len(devices)
+    pulses: list[notify.Pulse] = [context.Value("d", 0.0, lock=False) for _device in devices]
+    notify.status(f"loading the models on {', '.join(devices)}")
     try:
         while not stop():
             for place, device in enumerate(devices):
@@ -591,14 +595,18 @@ def supervise(settings: GpuSettings, devices: Sequence[str], stop: Stop) -> None
                     pause = min(60.0, 2.0 ** min(deaths[place] - 1, 6) - 1)
                     due[place], children[place] = now + pause, None
                     why = cause_of_death(child.exitcode or 0)
+                    notify.status(f"the process for {device} died: {why}")
                     log.get_logger().error(
                         "GPU process died", device=device, why=why, exit_code=child.exitcode, pause=pause
                     )
                 elif child is None and now >= due[place]:
                     due[place] = now
-                    child = context.Process(target=_child, args=(settings, device, os.getpid()), name=f"gpu {device}")
+                    pulses[place].value = 0.0
+                    args = (settings, device, os.getpid(), pulses[place])
+                    child = context.Process(target=_child, args=args, name=f"gpu {device}")
                     child.start()
                     children[place] = child
+            tell(devices, children, pulses, due)
             sentinels = [child.sentinel for child in children if child is not None]
             multiprocessing.connection.wait(sentinels, timeout=WATCH_SECONDS) if sentinels else stop.wait(WATCH_SECONDS)
     finally:
@@ -607,6 +615,18 @@ def supervise(settings: GpuSettings, devices: Sequence[str], stop: Stop) -> None
             child.terminate()
         for child in alive:
             child.join()
+
+
+def tell(
+    devices: Sequence[str], children: Sequence[BaseProcess | None], pulses: Sequence[notify.Pulse], due: Sequence[float]
+) -> None:
+    """Tell systemd that the worker is ready once a process is; and as long as no process is silent, that it goes on."""
+    living = [place for place, child in enumerate(children) if child is not None]
+    serving = [devices[place] for place in living if pulses[place].value]
+    if serving:
+        notify.ready(f"serves {', '.join(serving)}, {len(serving)} of {len(devices)} devices")
+    if all(time.monotonic() < (pulses[place].value or due[place] + LOAD_SECONDS) for place in living):
+        notify.progress()
 
 
 def cause_of_death(exit_code: int) -> str:
@@ -620,8 +640,9 @@ def cause_of_death(exit_code: int) -> str:
     return "a call of the models hung (Timeout), or an unforeseen error; the traceback stands above"
 
 
-def _child(settings: GpuSettings, device: str, parent: int) -> None:
+def _child(settings: GpuSettings, device: str, parent: int, pulse: notify.Pulse) -> None:
     """A GPU process: it dies with its parent, also where that is killed."""
+    notify.report_to(pulse)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import tenacity
 
+from lab_audio import notify
 from lab_audio.errors import Fatal, LabAudioError, Retryable
 from lab_audio.log import get_logger
 
@@ -18,6 +19,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 COMPLAIN_SECONDS = 60
+WAIT_SECONDS = 30.0
 _complained: dict[str, float] = {}  # when each store was last said to be away
 _away: set[str] = set()  # those of which that was the last that was said
 
@@ -43,6 +45,7 @@ class Stop:
             if self.event.is_set() and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.event.set()
+            notify.stopping()
 
         signal.signal(signal.SIGTERM, handler)
         signal.signal(signal.SIGINT, handler)
@@ -54,7 +57,11 @@ class Stop:
         self.event.set()
 
     def wait(self, seconds: float) -> bool:
-        return self.event.wait(seconds)
+        """Wait so long, or until asked to stop; a worker with nothing to do is no stuck one."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self.event.wait(min(left, WAIT_SECONDS)):
+            notify.progress()
+        return self.event.is_set()
 
     def check(self) -> None:
         """Raise the error that stopped the worker, if it was one."""
@@ -70,10 +77,12 @@ def patiently(stop: Stop, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs
         error = state.outcome and state.outcome.exception()
         store = error.store if isinstance(error, Retryable) else ""
         missed.add(store)
+        notify.progress()
         if time.monotonic() - _complained.get(store, -float(COMPLAIN_SECONDS)) >= COMPLAIN_SECONDS:
             _complained[store] = time.monotonic()
             _away.add(store)
             get_logger().warning("waiting for a store", error=str(error))
+            notify.waiting(str(error))
 
     def give_up(state: tenacity.RetryCallState) -> Any:
         raise Stopped
@@ -87,16 +96,19 @@ def patiently(stop: Stop, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs
         retry_error_callback=give_up,
     )
     answer = retrying(act, *args, **kwargs)
+    notify.progress()
     for store in missed & _away:
         _away.discard(store)
         get_logger().info("the store answers again", store=store)
+        notify.status()
     return answer
 
 
 def in_background(stop: Stop, name: str, act: Callable[[], None]) -> threading.Thread:
-    """Run `act` in a thread; an error in it stops the worker."""
+    """Run `act`, which is beside the work, in a thread; an error in it stops the worker."""
 
     def run() -> None:
+        notify.aside()
         try:
             act()
         except Stopped:

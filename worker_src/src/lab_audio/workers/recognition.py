@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lab_audio import notify
 from lab_audio.config import GpuSettings
 from lab_audio.contracts import Classification, Transcript
 from lab_audio.errors import Fatal
@@ -52,7 +53,9 @@ def watchdog(samples: int) -> Iterator[None]:
 
     It is ended by a thread that needs nothing from Python, also where C code hangs and holds the interpreter's lock.
     """
-    faulthandler.dump_traceback_later(HANG_SECONDS + HANG_SECONDS_PER_SECOND * samples / SAMPLE_RATE, exit=True)
+    limit = HANG_SECONDS + HANG_SECONDS_PER_SECOND * samples / SAMPLE_RATE
+    notify.progress(within=limit + notify.PATIENCE_SECONDS)
+    faulthandler.dump_traceback_later(limit, exit=True)
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeVar, cast
 from redis import Redis
 from sqlalchemy import Connection, Engine, text
 
-from lab_audio import ledger, queues, s3_utils, source
+from lab_audio import ledger, notify, queues, s3_utils, source
 from lab_audio.config import TransferSettings
 from lab_audio.contracts import UNPACK, SourceFile, new_unpack_job
 from lab_audio.errors import ConfigError, Fatal, NotFound, Permanent
@@ -75,6 +75,7 @@ def hold_and_transfer(transfer: Transfer, settings: TransferSettings, stop: Stop
     with ledger.lock_source(transfer.engine, transfer.source.name) as lock:
         if lock is None:
             get_logger().info("another transfer worker holds the source", source=transfer.source.name)
+            notify.ready(f"another transfer worker serves {transfer.source.name}; this one would step in")
             return
         empty_tmp(transfer.tmp)
         try:
@@ -105,6 +106,7 @@ def empty_tmp(tmp: Path) -> None:
 def transfer_settled(transfer: Transfer, settings: TransferSettings, lock: Connection, stop: Stop) -> None:
     """Look at the source once, and transfer batch after batch until nothing settled is left."""
     files = patiently(stop, source.settled, transfer.source, settings.settle_seconds)
+    notify.ready(f"looking for recordings at {transfer.source.name}")
     for file in [file for file in files if not fits_header(file)]:
         get_logger().warning("archive at the source left out: its path is too long", path=file.path)
         files.remove(file)
@@ -134,6 +136,7 @@ def finish_mint(transfer: Transfer, minted: Mint, stop: Stop) -> None:
     """Bring a minted batch's archive into the store, record it, and push its job."""
     log = get_logger().bind(batch_id=minted.batch_id)
     log.info("batch minted", files=len(minted.files), bytes=sum(file.size for file in minted.files))
+    notify.status(f"transferring {minted.batch_id}: {len(minted.files)} files")
     path = transfer.tmp / f"{minted.batch_id}.tar"
     archive: Archive | None
     try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
-from lab_audio import ledger, queues, s3_utils, scratch
+from lab_audio import ledger, notify, queues, s3_utils, scratch
 from lab_audio.config import UnpackSettings
 from lab_audio.contracts import (
     TranscribeJob,
@@ -76,6 +76,7 @@ def run(settings: UnpackSettings, stop: Stop) -> None:
     encoding = Encoding(settings.opus_bitrate, settings.transcode_threads, settings.compressed_archives)
     attend(host, ("unpack",), stop)
     get_logger().info("unpack worker ready", host=host.name, slot=slot.number)
+    notify.ready("waiting for archives")
     said = -float(COMPLAIN_SECONDS)
     try:
         while not stop():
@@ -85,6 +86,7 @@ def run(settings: UnpackSettings, stop: Stop) -> None:
                 if time.monotonic() - said >= COMPLAIN_SECONDS:
                     said = time.monotonic()
                     get_logger().info("not to be unpacked now", why=why, job=job)
+                    notify.status(f"takes no archive now: {why}")
                 stop.wait(PAUSE_SECONDS)
     except Stopped:
         pass
@@ -119,6 +121,7 @@ def handle(host: Host, inbox: queues.Inbox, job: str, encoding: Encoding, stop: 
             return refused.why
         patiently(stop, publish, host, inbox, wanted.batch_id, job)
     patiently(stop, tidy_batch, host, wanted.batch_id)
+    notify.status("waiting for archives")
     return None
 
 
@@ -133,6 +136,7 @@ def attempt(host: Host, batch_id: str, encoding: Encoding, stop: Stop) -> Refuse
         if taken.job == "drop":
             log.info("not to be unpacked", why=taken.why)
         return taken
+    notify.status(f"unpacking {batch_id}")
     try:
         unpack(host, batch_id, taken, encoding, stop)
         return None
@@ -263,6 +267,7 @@ def read_archive(
         try:
             for member in reader.read(cast(BinaryIO, stream), info.size, compressed=encoding.compressed):
                 recordings += 1
+                notify.progress()
                 row = entry(member)
                 if row.item in contents.rows:
                     continue

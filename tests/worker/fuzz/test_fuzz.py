@@ -1,4 +1,4 @@
-"""Every parser of strangers' bytes, fed with broken forms of good ones, FUZZ_SECONDS each (default: 12)."""
+"""Every parser of strangers' bytes, fed with broken forms of good ones, FUZZ_SECONDS each (default: 14)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from targets import TARGETS
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "12"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "14"))
 ROUND = 200  # examples between two looks at the clock
 
 # Where, how many bytes go, and what comes in their place.

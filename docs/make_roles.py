@@ -36,8 +36,8 @@ def defaults(role: Path) -> dict[str, Any]:
 
 def page(role: Path) -> str:
     """The README as it has to be: each entry point's variables between the marks, the rest as it is."""
-    before, _, rest = (role / "README.md").read_text(encoding="utf-8").partition(BEGIN)
-    _, mark, after = rest.partition(END)
+    before, _begin, rest = (role / "README.md").read_text(encoding="utf-8").partition(BEGIN)
+    _tables, mark, after = rest.partition(END)
     if not mark:
         raise ValueError(f"{role.name}/README.md: needs a line {BEGIN} and after it a line {END}")
     known = defaults(role)

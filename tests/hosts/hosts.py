@@ -325,7 +325,7 @@ class Host:
                 lines = answer.stdout.split()
                 if len(lines) == 2 and lines[0] != boot and lines[1] in ("running", "degraded"):
                     return lines[1]
-            time.sleep(0.1)
+            time.sleep(0.1)  # ssh is refused at once while the host boots
         state = "does not answer" if self.processes() else "has ended"
         raise Refused(f"{self.name} {state}; ssh: {said or 'nothing'}; its console's last words: {self.console()}")
 

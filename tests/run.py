@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -55,12 +56,13 @@ LINT = {
 
 @dataclass
 class Outcome:
-    """`skipped`: how many tests did not run, by reason."""
+    """`skipped`: how many tests did not run, by reason; `wrong`: what failed, a line each."""
 
     ok: bool
     seconds: float
     note: str = ""
     skipped: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
 
 
 def main(wanted: list[str]) -> int:
@@ -115,7 +117,7 @@ def tier(name: str) -> Outcome:
         COVERAGE.mkdir(parents=True)
     code = run([sys.executable, "-m", "pytest", "-q", where, f"--junitxml={results}", *shared], CHECKOUT, measured)
     left = end_leftovers(LEAVE_SECONDS)
-    outcome = Outcome(code == 0, time.monotonic() - began, skipped=skips(results))
+    outcome = Outcome(code == 0, time.monotonic() - began, skipped=skips(results), wrong=failures(results))
     if code == NO_TESTS:
         outcome = Outcome(True, outcome.seconds, skipped=Counter({f"{where} has no tests": 1}))
     if left:
@@ -146,7 +148,8 @@ def campaign() -> Outcome:
     began = time.monotonic()
     code = run([sys.executable, "tests/chaos/campaign.py"], CHECKOUT)
     left = end_leftovers(LEAVE_SECONDS)
-    return Outcome(code == 0 and not left, time.monotonic() - began, f"left running: {'; '.join(left)}" if left else "")
+    note = f"left running: {'; '.join(left)}" if left else ""
+    return Outcome(code == 0 and not left, time.monotonic() - began, note, wrong=verdict() if code else [])
 
 
 def coverage() -> Outcome:
@@ -188,6 +191,22 @@ def skips(results: Path) -> Counter[str]:
     return Counter(found)
 
 
+def failures(results: Path) -> list[str]:
+    """Names of the tests that failed."""
+    if not results.exists():
+        return []
+    cases = ET.parse(results).iter("testcase")
+    return [f"{c.get('classname')}.{c.get('name')}" for c in cases if {"failure", "error"} & {e.tag for e in c}]
+
+
+def verdict() -> list[str]:
+    """What the newest campaign found."""
+    logs = sorted((CACHE / "chaos").glob("seed-*.jsonl"), key=lambda log: log.stat().st_mtime)
+    lasts = [(log.stem, json.loads(line)) for log in logs[-1:] for line in log.read_text().splitlines()[-1:]]
+    whats = ("wrong", "odd", "without_dose")
+    return [f"{seed}: {line}" for seed, last in lasts for what in whats for line in last.get(what, [])]
+
+
 def end_leftovers(grace: float) -> list[str]:
     """Wait for our children to end, kill those that do not, and return their command lines."""
     deadline = time.monotonic() + grace
@@ -217,6 +236,9 @@ def report(outcomes: dict[str, Outcome]) -> int:
         for reason, count in outcome.skipped.items():
             tests = "" if count == 1 else f"{count} tests: "
             print(f"NOT RUN: {name}: {tests}{reason}")
+    for name, outcome in outcomes.items():
+        for line in outcome.wrong:
+            print(f"FAILED: {name}: {line}")
     for name, outcome in outcomes.items():
         word = "passed" if outcome.ok else "FAILED"
         print(f"{name:14} {word} {outcome.seconds:7.1f} s  {outcome.note}".rstrip())

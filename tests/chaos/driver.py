@@ -28,7 +28,8 @@ ON_LOOP = "h3"
 SLOTS = 2
 TIMERS = {"reconcile": 2.0, "retention": 5.0}  # one run, and so many seconds until the next
 STUCK_SECONDS = 60
-MEAN_LIFE = 7.0  # seconds until a kill at random, where no fail point was met before
+MEAN_LIFE = 10.0  # seconds until a kill at random, where no fail point was met before
+PASSES = 60  # of a fail point at most, before a process dies there once more
 EFFECTS = 700  # of which one is the last, if nothing else was
 NEVER = 10**9
 LATE, LATE_SECONDS = 0.1, 5.0  # so many start later, so that others find what they left
@@ -114,14 +115,14 @@ class Driver:
                 worker.due = float("inf")
 
     def run(self, minutes: float, *, enough: Callable[[], bool]) -> bool:
-        """Let things go wrong so long, and at most half as long again until it is enough; then drain.
+        """Let things go wrong so long, and at most as long again until it is enough; then drain.
 
         False if it does not come to rest.
         """
         self.place.board.set(Board.ARMED, True)
         self.deadline = time.monotonic() + 60 * minutes
         self.start_track(self.telling())
-        while time.monotonic() < self.deadline or (time.monotonic() < self.deadline + 30 * minutes and not enough()):
+        while time.monotonic() < self.deadline or (time.monotonic() < self.deadline + 60 * minutes and not enough()):
             self.turn()
         self.make_calm()
         came_to_rest = self.drain()
@@ -164,7 +165,7 @@ class Driver:
     def start(self, worker: Worker, host: str = "") -> None:
         """A new life, with the three fail points that killed least before it; it dies at the first that it meets."""
         mine = sorted(points(worker.role), key=lambda point: (self.kills[point], self.random.random()))
-        deaths = {point: self.random.randrange(12) if self.kills[point] else 0 for point in mine[:3]}
+        deaths = {point: self.random.randrange(PASSES) if self.kills[point] else 0 for point in mine[:3]}
         effect = ("", self.random.randrange(EFFECTS))
         if self.hit:
             deaths, effect = {}, self.hit(worker)

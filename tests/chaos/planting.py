@@ -10,7 +10,7 @@ from driver import Driver, Track
 from recordings import Recording, put_file, tar_of, unpack_job
 from stack import BUCKET
 
-BATCH_FILES = 40
+BATCH_FILES = 20
 BACKLOG = 500
 POISON = ("kills", "raises", "refused", "noise", "")  # of one batch after the other
 DAMAGED_EACH, ODD_COUNT_EACH, NONSENSE_EACH = 8, 4, 6

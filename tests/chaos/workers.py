@@ -24,6 +24,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+import numpy  # noqa: F401  # here, once for all forks
 import redis
 import typer
 from botocore.config import Config

@@ -17,8 +17,8 @@ import pytest
 from pydantic_settings import BaseSettings
 
 from lab_audio import config, contracts, ledger, queues, s3_utils
-from lab_audio.contracts import TranscribeJob, UnpackJob, new_unpack_job, parse_transcribe_job, parse_unpack_job
 from lab_audio.errors import ConfigError, Permanent
+from lab_audio.jobs import TranscribeJob, UnpackJob, new_unpack_job, parse_transcribe_job, parse_unpack_job
 from lab_audio.workers.unpack_worker import transcribe_jobs
 
 BATCH = "20250622-143052-a1b2c3"

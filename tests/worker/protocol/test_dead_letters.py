@@ -15,8 +15,9 @@ import pytest
 
 from lab_audio import ledger, queues, s3_utils
 from lab_audio.config import GpuSettings
-from lab_audio.contracts import TranscribeJob, archive_key, processed_key
+from lab_audio.contracts import archive_key, processed_key
 from lab_audio.errors import Permanent
+from lab_audio.jobs import TranscribeJob
 from lab_audio.ledger import Settled, recovery
 from lab_audio.media import reader, transcode
 from lab_audio.operations import dead_letters

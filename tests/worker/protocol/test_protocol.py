@@ -13,8 +13,9 @@ import pytest
 
 from lab_audio import ledger, queues, s3_utils
 from lab_audio.config import GpuSettings, TransferSettings, UnpackSettings
-from lab_audio.contracts import TranscribeJob, item_of, opus_path
+from lab_audio.contracts import item_of, opus_path
 from lab_audio.errors import ConfigError, Fatal, Permanent
+from lab_audio.jobs import TranscribeJob
 from lab_audio.media import sandbox, transcode
 from lab_audio.workers import gpu_worker, transfer_sounds
 from lab_audio.workers.host import open_host, open_inbox

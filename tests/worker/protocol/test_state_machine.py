@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lab_audio import ledger, queues
-from lab_audio.contracts import Result, item_of, parse_transcribe_job, parse_unpack_job, processing_list
+from lab_audio.contracts import Result, item_of, processing_list
 from lab_audio.errors import Permanent
+from lab_audio.jobs import parse_transcribe_job, parse_unpack_job
 from lab_audio.ledger import Archive, NewItem, Refused
 from lab_audio.workers.unpack_worker import transcribe_jobs
 

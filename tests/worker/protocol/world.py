@@ -29,7 +29,8 @@ from typer.testing import CliRunner
 
 from lab_audio import config, ledger, log, queues, s3_utils, scratch
 from lab_audio.cli import app
-from lab_audio.contracts import Classification, Transcript, UnpackJob, archive_key
+from lab_audio.contracts import Classification, Transcript, archive_key
+from lab_audio.jobs import UnpackJob
 from lab_audio.media import canary, sandbox, transcode
 from lab_audio.operations import reconcile as reconciling
 from lab_audio.operations import restore as restoring

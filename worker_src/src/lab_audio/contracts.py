@@ -1,17 +1,13 @@
-"""Names and payloads that other programs rely on: object keys, Redis keys, jobs, results."""
+"""Names that other programs rely on, of objects and in Redis, and what is handed from room to room."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tarfile
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lab_audio.errors import Permanent
 
@@ -21,7 +17,6 @@ ITEM = re.compile(r"[0-9a-f]{16}")
 UNPACK = "unpack"
 TRANSCRIBE = "transcribe"
 DEAD = "dead"
-MAX_PAYLOAD_BYTES = 64 * 1024
 MAX_INTEGER = 2**63 - 1  # of the ledger's columns
 
 
@@ -66,76 +61,6 @@ def opus_path(scratch_root: Path, batch_id: str, item: str) -> Path:
 def is_utf8(text: str) -> bool:
     """Whether a text can be stored: one with surrogates stands for bytes that are not UTF-8."""
     return text.encode(errors="ignore").decode() == text
-
-
-class _Payload(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
-
-    def payload(self) -> str:
-        return json.dumps(self.model_dump())
-
-
-class UnpackJob(_Payload):
-    """A job on `unpack`. A pushed payload stays byte-identical until it is acknowledged."""
-
-    batch_id: str
-    s3_key: str
-    file_count: int = Field(ge=0, le=2**31 - 1)
-    transferred_at: str = Field(max_length=64)
-
-
-def new_unpack_job(batch_id: str, file_count: int) -> str:
-    """The payload of a job made now."""
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return UnpackJob(
-        batch_id=batch_id, s3_key=archive_key(batch_id), file_count=file_count, transferred_at=now
-    ).payload()
-
-
-class TranscribeJob(_Payload):
-    """A job on `transcribe` or `transcribe:{host}`."""
-
-    batch_id: str
-    opus_path: str = Field(max_length=4096)
-    original_filename: str = Field(max_length=4096)
-
-    @property
-    def item(self) -> str:
-        return PurePosixPath(self.opus_path).stem
-
-
-def _parse(model: type[Any], payload: str) -> Any:
-    if len(payload) > MAX_PAYLOAD_BYTES:
-        raise Permanent(f"payload of {len(payload)} characters; at most {MAX_PAYLOAD_BYTES}")
-    try:
-        return model.model_validate_json(payload)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "payload"
-        raise Permanent(f"{where}: {first['msg']}") from None
-
-
-def parse_unpack_job(payload: str) -> UnpackJob:
-    """Raises Permanent, naming the field, for anything but a job whose s3_key is its own batch's archive."""
-    job: UnpackJob = _parse(UnpackJob, payload)
-    if job.s3_key != archive_key(job.batch_id):
-        raise Permanent(f"s3_key {job.s3_key[:120]!r} is not {archive_key(job.batch_id)}")
-    return job
-
-
-def parse_transcribe_job(payload: str) -> TranscribeJob:
-    """Raises Permanent, naming the field, unless opus_path is `.../{batch_id}/{16 hex}.opus`.
-
-    The root of the path is for the batch's host to check.
-    """
-    job: TranscribeJob = _parse(TranscribeJob, payload)
-    check_batch_id(job.batch_id)
-    path = PurePosixPath(job.opus_path)
-    if not (
-        path.is_absolute() and path.parent.name == job.batch_id and ITEM.fullmatch(path.stem) and path.suffix == ".opus"
-    ):
-        raise Permanent(f"opus_path {job.opus_path[:120]!r} is outside batch {job.batch_id}")
-    return job
 
 
 @dataclass(frozen=True, order=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from sqlalchemy import Engine, text
 
-from lab_audio.contracts import new_unpack_job
 from lab_audio.errors import Permanent
+from lab_audio.jobs import new_unpack_job
 from lab_audio.ledger.connection import transaction
 
 PAGE = 1000

@@ -15,16 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from lab_audio import ledger, queues, s3_utils
-from lab_audio.contracts import (
-    BATCH_ID,
-    TRANSCRIBE,
-    UNPACK,
-    archive_key,
-    item_of,
-    parse_transcribe_job,
-    parse_unpack_job,
-)
+from lab_audio.contracts import BATCH_ID, TRANSCRIBE, UNPACK, archive_key, item_of
 from lab_audio.errors import NotFound, Permanent
+from lab_audio.jobs import parse_transcribe_job, parse_unpack_job
 from lab_audio.ledger import DeadLetter
 from lab_audio.media import reader
 from lab_audio.operations.reconcile import Stores

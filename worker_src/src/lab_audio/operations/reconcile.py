@@ -16,8 +16,9 @@ from redis import Redis
 from sqlalchemy import Engine
 
 from lab_audio import ledger, queues, s3_utils
-from lab_audio.contracts import UNPACK, SourceFile, new_unpack_job
+from lab_audio.contracts import UNPACK, SourceFile
 from lab_audio.errors import NotFound, Permanent
+from lab_audio.jobs import new_unpack_job
 from lab_audio.ledger import Archive, recovery
 from lab_audio.log import get_logger
 from lab_audio.media import reader

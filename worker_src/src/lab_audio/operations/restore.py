@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, cast
 
 from lab_audio import ledger, queues, s3_utils
-from lab_audio.contracts import archive_key, item_of, new_unpack_job
+from lab_audio.contracts import archive_key, item_of
 from lab_audio.errors import ConfigError, NotFound
+from lab_audio.jobs import new_unpack_job
 from lab_audio.ledger import recovery
 from lab_audio.media import reader
 from lab_audio.media.archive import ArchiveBroken

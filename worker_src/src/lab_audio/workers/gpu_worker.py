@@ -34,12 +34,12 @@ from lab_audio.contracts import (
     Result,
     Transcript,
     opus_path,
-    parse_transcribe_job,
     processed_key,
     processing_list,
     transcribe_list,
 )
 from lab_audio.errors import ConfigError, Fatal, LabAudioError, Permanent, Retryable
+from lab_audio.jobs import parse_transcribe_job
 from lab_audio.ledger import Item
 from lab_audio.media import transcode
 from lab_audio.workers.host import (

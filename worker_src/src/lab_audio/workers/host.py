@@ -12,15 +12,9 @@ from sqlalchemy import Engine
 
 from lab_audio import ledger, queues, scratch
 from lab_audio.config import GpuSettings, MediaSettings, UnpackSettings
-from lab_audio.contracts import (
-    TRANSCRIBE,
-    UNPACK,
-    archive_key,
-    parse_transcribe_job,
-    processing_list,
-    transcribe_list,
-)
+from lab_audio.contracts import TRANSCRIBE, UNPACK, archive_key, processing_list, transcribe_list
 from lab_audio.errors import ConfigError, Fatal, Permanent
+from lab_audio.jobs import parse_transcribe_job
 from lab_audio.ledger.hosts import BEAT_SECONDS
 from lab_audio.log import get_logger
 from lab_audio.media import sandbox

@@ -20,8 +20,9 @@ from sqlalchemy import Connection, Engine, text
 
 from lab_audio import ledger, notify, queues, s3_utils, source
 from lab_audio.config import TransferSettings
-from lab_audio.contracts import UNPACK, SourceFile, new_unpack_job
+from lab_audio.contracts import UNPACK, SourceFile
 from lab_audio.errors import ConfigError, Fatal, NotFound, Permanent
+from lab_audio.jobs import new_unpack_job
 from lab_audio.ledger import Archive, Mint
 from lab_audio.log import get_logger
 from lab_audio.media import archive as tar

@@ -17,14 +17,9 @@ from typing import BinaryIO, cast
 
 from lab_audio import ledger, notify, queues, s3_utils, scratch
 from lab_audio.config import UnpackSettings
-from lab_audio.contracts import (
-    TranscribeJob,
-    UnpackJob,
-    item_of,
-    opus_path,
-    parse_unpack_job,
-)
+from lab_audio.contracts import item_of, opus_path
 from lab_audio.errors import Fatal, LabAudioError, NotFound, Permanent
+from lab_audio.jobs import TranscribeJob, UnpackJob, parse_unpack_job
 from lab_audio.ledger import Archive, NewItem, Refused
 from lab_audio.log import get_logger
 from lab_audio.media import archive as tar

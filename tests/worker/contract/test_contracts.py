@@ -329,6 +329,7 @@ def complaints(ended: subprocess.CompletedProcess[str]) -> list[str]:
     assert ended.returncode == 78, ended.stderr
     assert ended.stdout == ""
     assert "hunter2" not in ended.stderr.casefold()
+    assert "pattern" not in ended.stderr
     lines = ended.stderr.splitlines()
     named = [re.match(r"lab-audio: ([A-Z0-9_]+): \S", line) for line in lines]
     assert all(named), lines
@@ -354,6 +355,12 @@ def test_other_commands_complain_alike(command: str) -> None:
 
 def test_an_empty_setting_is_a_missing_one() -> None:
     assert complaints(run("migrate", DATABASE_URL="")) == ["DATABASE_URL"]
+
+
+def test_the_ledger_is_found_under_both_names_of_its_scheme(env: dict[str, str]) -> None:
+    for scheme in ("postgres", "postgresql"):
+        at = re.sub(r"^\w+://", f"{scheme}://", env["DATABASE_URL"])
+        assert run("migrate", DATABASE_URL=at).returncode == 0
 
 
 def test_secrets_come_from_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ A worker names the settings class it needs; `load` turns anything wrong into one
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,15 @@ def _url(*schemes: str) -> AfterValidator:
             ok = False
         if not ok:
             raise ValueError(f"must be a URL {' or '.join(s + '://…' for s in schemes)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _like(pattern: str, says: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"must be {says}")
         return value
 
     return AfterValidator(check)
@@ -57,7 +67,7 @@ class _Settings(BaseSettings):
 class LedgerSettings(_Settings):
     """Where the truth is."""
 
-    database_url: Annotated[SecretStr, _url("postgresql")] = Field(
+    database_url: Annotated[SecretStr, _url("postgresql", "postgres")] = Field(
         description="PostgreSQL, e.g. postgresql://lab_audio:PASSWORD@db.example.edu/lab_audio"
     )
 
@@ -78,7 +88,9 @@ class S3Settings(_Settings):
     )
     s3_access_key: SecretStr = Field(min_length=1, description="Access key of the object store")
     s3_secret_key: SecretStr = Field(min_length=1, description="Secret key of the object store")
-    s3_bucket: str = Field("audio-pipeline", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$", description="Bucket")
+    s3_bucket: Annotated[
+        str, _like("[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", "3 to 63 small letters, digits, dots and hyphens")
+    ] = Field("audio-pipeline", description="Bucket")
     s3_region: str = Field("us-east-1", description="Region that requests are signed for")
     s3_ca_bundle: Path | None = Field(None, description="File of CA certificates, where the system's do not do")
 
@@ -93,9 +105,8 @@ HOST_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 class HostSettings(_Settings):
     """Which host this is, and where its scratch lies."""
 
-    lab_host: str = Field(
+    lab_host: Annotated[str, _like(HOST_NAME, "letters, digits, '.', '_' and '-', at most 63")] = Field(
         default_factory=lambda: socket.gethostname().split(".")[0],
-        pattern=f"^{HOST_NAME}$",
         description="Name of this host in the ledger and in Redis lists (default: the host's name)",
     )
     archive_after_batch: Literal["keep", "delete"] = Field(
@@ -117,10 +128,9 @@ class MediaSettings(HostSettings):
 class TransferSettings(StoreSettings):
     """The transfer worker."""
 
-    source: str = Field(
-        pattern=r"^(ssh://[A-Za-z0-9_.-]+@[A-Za-z0-9_.:\[\]-]+/.+|/.+)$",
-        description="Where recordings arrive: ssh://user@host[:port]/dir or /dir",
-    )
+    source: Annotated[
+        str, _like(r"ssh://[A-Za-z0-9_.-]+@[A-Za-z0-9_.:\[\]-]+/.+|/.+", "ssh://user@host[:port]/dir or /dir")
+    ] = Field(description="Where recordings arrive: ssh://user@host[:port]/dir or /dir")
     source_fate: Literal["keep", "move", "delete"] = Field(
         "keep",
         description="What happens to a source file once its archive is verified; move puts it into .transferred/",
@@ -162,8 +172,8 @@ class GpuSettings(StoreSettings, MediaSettings):
         (),
         description="Comma-separated devices, one process each: cuda:0,cuda:1 or cpu (default: all GPUs, else cpu)",
     )
-    whisper_language: str | None = Field(
-        None, pattern=r"^[a-z]{2,3}$", description="Language of all recordings (default: detected)"
+    whisper_language: Annotated[str, _like("[a-z]{2,3}", "two or three small letters, as en")] | None = Field(
+        None, description="Language of all recordings (default: detected)"
     )
     whisper_batch: int = Field(16, ge=1, description="Windows of speech in one WhisperX batch")
     align: bool = Field(

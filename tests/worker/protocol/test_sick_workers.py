@@ -480,6 +480,7 @@ def test_a_broken_ffmpeg_seals_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch, error: Exception, after: int
 ) -> None:
     world.plant_batch(1, NAMES)
+    monkeypatch.setattr(unpack_worker, "FFMPEG_PAUSES", (0, 0))
     monkeypatch.setattr(transcode, "encode", Sickens(fake_encode, error, after))
     with pytest.raises(Fatal, match="ffmpeg is broken on this host"):
         unpack_here(world)

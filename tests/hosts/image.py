@@ -1,6 +1,7 @@
 """The disk that test hosts start from: Debian of this machine's release, with what the roles install already on it.
 
-It is built once and kept in .cache/hosts under a name that is a hash of this file and of the machine's package sources.
+It is built once and kept in .cache/hosts under a name that is a hash of what goes into it: this file, the machine's
+package sources, the workers' locks, and what the models are made by.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PACKAGES = (
@@ -39,6 +40,17 @@ FILES = {
 # By which packages are had here, so it is there as well.
 ACCESS = ("/etc/pip.conf", "/usr/local/share/ca-certificates")
 
+CHECKOUT = Path(__file__).resolve().parents[2]
+PYTHON = CHECKOUT / ".venv" / "bin" / "python"
+# The workers' libraries, as the role worker_common installs them: it finds them complete.
+LOCKS = [CHECKOUT / "worker_src" / "locks" / f"{profile}.txt" for profile in ("base", "cpu")]
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+# The demo's models lie where a model host has them.
+STACK = CHECKOUT / "tests" / "stack"
+MODELS = "srv/models"
+MODELS_MADE_BY = [STACK / "models.py", STACK / "tiny_models.py", STACK / "locks" / "demo.txt"]
+MODELS_MADE_BY += sorted((STACK / "policies").glob("*.txt"))
+
 
 def image(directory: Path) -> Path:
     """The image, built in `directory` if it is not there."""
@@ -46,7 +58,7 @@ def image(directory: Path) -> Path:
     sources = _debian_sources(suite)
     access = [file for place in ACCESS for file in _files(Path(place))]
     digest = hashlib.sha256(suite.encode())
-    for file in (Path(__file__), *sources, *access):
+    for file in (Path(__file__), *sources, *access, *LOCKS, *MODELS_MADE_BY):
         digest.update(f"\n{file.name}\n".encode() + file.read_bytes())
     done = directory / f"image-{digest.hexdigest()[:12]}"
     with locked(directory / "image.lock"):
@@ -77,12 +89,12 @@ def _build(root: Path, suite: str, sources: list[Path], access: list[Path], log:
     command += [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "man", "locale")]
     with log.open("wb") as output:
 
-        def run(*argv: object) -> None:
+        def run(*argv: object, cwd: Path = CHECKOUT) -> None:
             # PostgreSQL makes its first cluster in this locale.
             environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "LC_ALL": "C.UTF-8"}
             words = [str(word) for word in argv]
             if subprocess.run(
-                words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+                words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, cwd=cwd
             ).returncode:
                 last = log.read_text(errors="replace").splitlines()[-15:]
                 raise RuntimeError("\n".join([*last, f"{words[0]} failed; all of its log is in {log}"]))
@@ -102,6 +114,34 @@ def _build(root: Path, suite: str, sources: list[Path], access: list[Path], log:
         run("systemctl", "--root", root, "mask", *MASKED)
         for key in (root / "etc/ssh").glob("ssh_host_*"):
             key.unlink()
+        for lock in LOCKS:
+            _environment(root, lock, run)
+        run(PYTHON, "-c", f"import models; models.assemble(models.Path({str(root / MODELS)!r}))", cwd=STACK)
+
+
+def _environment(root: Path, lock: Path, run: Callable[..., None]) -> None:
+    """What roles/worker_common/tasks/environment.yml makes; wheels are fetched as this machine's pip knows how."""
+    python = next((root / "usr/lib").glob("python3.*")).name
+    name = f"{lock.stem}-py{python.removeprefix('python')}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:12]}"
+    inside = Path("/opt/lab-audio/envs", name)
+    outside = root / str(inside)[1:]
+    packages = Path("lib", python, "site-packages")
+    what = ("--no-deps", "--only-binary=:all:", "--require-hashes", "--disable-pip-version-check")
+    run("chroot", root, "python3", "-m", "venv", inside)
+    shutil.copyfile(lock, outside / "lock.txt")
+    # By Debian's Python, as there: a lock has other packages for another version.
+    fetch = ["/usr/bin/python3", outside / packages / "pip", "download", *what, f"--requirement={lock}"]
+    fetch += [f"--dest={outside / 'wheelhouse'}"]
+    try:
+        run(*fetch)
+    except RuntimeError:  # PyPI has no CPU builds of torch
+        run(*fetch, f"--extra-index-url={TORCH_INDEX}")
+    install = [inside / "bin/python", "-m", "pip", "install", *what, "--no-cache-dir", "--no-index"]
+    run("chroot", root, *install, f"--find-links={inside}/wheelhouse", f"--requirement={inside}/lock.txt")
+    shutil.rmtree(outside / "wheelhouse")
+    for library in (outside / packages / "torchaudio/lib").glob("*.so"):
+        library.unlink()
+    (outside / "complete").touch()
 
 
 def _debian_sources(suite: str) -> list[Path]:

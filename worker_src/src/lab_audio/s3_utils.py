@@ -15,7 +15,6 @@ import re
 import shutil
 import ssl
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date as calendar_date
 from datetime import datetime
-from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,7 @@ from botocore.config import Config
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from lab_audio import metrics, notify
+from lab_audio import notify
 from lab_audio.config import HostSettings, S3Settings, load
 from lab_audio.contracts import BATCH_ID, MAX_INTEGER, SourceFile, archive_key, check_batch_id, is_utf8, processed_key
 from lab_audio.errors import ConfigError, Fatal, LabAudioError, NotFound, Permanent, Retryable
@@ -67,7 +65,6 @@ __all__ = [
     "origin",
     "processed",
     "processed_dates",
-    "prove",
     "stored_at",
     "unfinished_uploads",
     "upload_archive",
@@ -158,21 +155,6 @@ def check_bucket(bucket: Bucket) -> None:
         raise Fatal(f"{_place(bucket)} does not exist: create the bucket, or correct S3_BUCKET") from None
 
 
-def prove(bucket: Bucket, key: str) -> float:
-    """Put an object, get it and delete it. Returns by how many seconds this host's clock is ahead of the store's."""
-    check_bucket(bucket)
-    data = os.urandom(64)
-    with asking(bucket, "PutObject", key):
-        answer = bucket.client.put_object(Bucket=bucket.name, Key=key, Body=data)
-    ahead = time.time() - parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
-    with asking(bucket, "GetObject", key):
-        found = bucket.client.get_object(Bucket=bucket.name, Key=key)["Body"].read()
-    _delete(bucket, key)
-    if found != data:
-        raise Retryable(f"GetObject {_place(bucket, key)}: other bytes came back than were put", STORE)
-    return float(ahead)
-
-
 def ensure_bucket(bucket: Bucket) -> bool:
     """Create the bucket if it is missing, and tell whether it was."""
     try:
@@ -250,12 +232,7 @@ def upload_archive(
             "Upload again; if it recurs, look for a bad network or disk",
             STORE,
         )
-    _count_bytes(key, "out", size)
     return key
-
-
-def _count_bytes(key: str, direction: str, count: int) -> None:
-    metrics.BYTES.labels("archive" if key.startswith("archives/") else "opus", direction).inc(count)
 
 
 def head_archive(batch_id: str, *, bucket: Bucket | None = None) -> ArchiveInfo:
@@ -416,7 +393,6 @@ class ArchiveStream(io.RawIOBase):
                     raise aws.IncompleteReadError(actual_bytes=filled, expected_bytes=length)
                 filled += count
                 notify.progress()
-            _count_bytes(self._info.key, "in", length)
         except BaseException:
             body.close()
             raise
@@ -465,7 +441,6 @@ def upload_opus(
             "Upload again; if it recurs, see that the bucket is not encrypted with SSE-KMS",
             STORE,
         )
-    _count_bytes(key, "out", len(data))
     return key
 
 

@@ -11,7 +11,7 @@ import typer
 from rich import filesize
 from rich.console import Console
 
-from lab_audio import config, ledger, log, metrics, queues, s3_utils
+from lab_audio import config, ledger, log, queues, s3_utils
 from lab_audio.cli.app import app, run, utf8
 from lab_audio.contracts import UNPACK, archive_key, check_batch_id
 from lab_audio.errors import ConfigError, Permanent
@@ -89,7 +89,7 @@ def forget(host: Annotated[str, typer.Argument(help="Host that will not come bac
 
     def act() -> None:
         settings = config.load(config.ReconcileSettings)
-        log.configure(settings.log_level, settings.lab_host)
+        log.configure(settings.log_level)
         stores = open_stores(settings)
         if ledger.disk_of(stores.engine, host) is None:
             known = ", ".join(view.host for view in ledger.seen_hosts(stores.engine)) or "none"
@@ -121,7 +121,7 @@ def reconcile(
 
     def act() -> None:
         settings = config.load(config.ReconcileSettings)
-        log.configure(settings.log_level, settings.lab_host)
+        log.configure(settings.log_level)
         stores = open_stores(settings)
         ledger.check_migrated(stores.engine)
         found: dict[str, Any] = {}
@@ -131,8 +131,6 @@ def reconcile(
         if not (after_restore and dry_run):  # what it would find is only there then
             report = reconciling.reconcile(stores, settings.host_grace_seconds, dry_run=dry_run, audit=not quick)
         found |= {what: found.get(what, []) + which for what, which in vars(report).items()}
-        if not dry_run:
-            note_reconciled(stores, settings, report, audit=not quick)
         if as_json:
             typer.echo(json.dumps(found, indent=2))
         else:
@@ -141,17 +139,6 @@ def reconcile(
             raise Permanent(f"{left} objects and rows do not fit each other: see the list, and docs/operations.md")
 
     run(act)
-
-
-def note_reconciled(
-    stores: reconciling.Stores, settings: config.ReconcileSettings, report: reconciling.Report, *, audit: bool
-) -> None:
-    """Keep for check-health and Prometheus that it was done, and what it found."""
-    job = "audit" if audit else "reconcile"
-    ledger.note_run(stores.engine, job)
-    for what, which in vars(report).items():
-        metrics.FOUND.labels(job, what).set(len(which))
-    metrics.write(settings.textfile_directory, f"lab_audio_{job}", metrics.RECONCILE)
 
 
 def open_stores(settings: config.StoreSettings) -> reconciling.Stores:
@@ -188,7 +175,7 @@ def retention(
 
     def act() -> None:
         settings = config.load(config.RetentionSettings)
-        log.configure(settings.log_level, settings.lab_host)
+        log.configure(settings.log_level)
         stores = open_stores(settings)
         ledger.check_migrated(stores.engine)
         host = retaining.host_here(stores, settings)
@@ -200,13 +187,6 @@ def retention(
                 if not as_json:
                     console.print(f"{removal.kind} {removal.name}, {filesize.decimal(removal.bytes)}", markup=False)
         total = sum(removal.bytes for removal in removals)
-        if not dry_run:
-            ledger.note_run(stores.engine, "retention")
-            for kind in retaining.KINDS:
-                sizes = [removal.bytes for removal in removals if removal.kind == kind]
-                metrics.REMOVED.labels(kind).set(len(sizes))
-                metrics.FREED.labels(kind).set(sum(sizes))
-            metrics.write(settings.textfile_directory, "lab_audio_retention", metrics.RETENTION)
         if as_json:
             found = {"dry_run": dry_run, "scratch_here": host is not None, "bytes": total}
             typer.echo(json.dumps({**found, "removed": [vars(removal) for removal in removals]}, indent=2))

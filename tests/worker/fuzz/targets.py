@@ -19,8 +19,8 @@ from botocore.awsrequest import AWSResponse
 from botocore.config import Config
 from hostile import cases
 
-from lab_audio import config, contracts, s3_utils, source
-from lab_audio.contracts import MAX_INTEGER, archive_key, is_utf8
+from lab_audio import config, jobs, s3_utils, source
+from lab_audio.contracts import MAX_INTEGER, archive_key, is_utf8, opus_path
 from lab_audio.errors import ConfigError, LabAudioError, Permanent
 from lab_audio.media import archive, canary, transcode
 
@@ -73,7 +73,7 @@ def tar_sources(data: bytes) -> None:
 def unpack_job(data: bytes) -> None:
     """A job that is taken is of its own batch."""
     with contextlib.suppress(Permanent):
-        job = contracts.parse_unpack_job(data.decode("utf-8", "surrogateescape"))
+        job = jobs.parse_unpack_job(data.decode("utf-8", "surrogateescape"))
         assert job.s3_key == archive_key(job.batch_id)
         assert 0 <= job.file_count < 2**31
 
@@ -81,8 +81,8 @@ def unpack_job(data: bytes) -> None:
 def transcribe_job(data: bytes) -> None:
     """A job that is taken names an item of its own batch, and nothing that leads elsewhere."""
     with contextlib.suppress(Permanent):
-        job = contracts.parse_transcribe_job(data.decode("utf-8", "surrogateescape"))
-        path = contracts.opus_path(Path("/data/scratch"), job.batch_id, job.item)
+        job = jobs.parse_transcribe_job(data.decode("utf-8", "surrogateescape"))
+        path = opus_path(Path("/data/scratch"), job.batch_id, job.item)
         assert re.fullmatch(r"/data/scratch/[0-9]{8}-[0-9]{6}-[0-9a-f]{6}/[0-9a-f]{16}\.opus", str(path))
 
 

@@ -229,9 +229,11 @@ def run_line(run: Run) -> list[str]:
 
 
 def machine(about: dict[str, Any]) -> str:
+    # Their own words: `version 8000GB 4.48 pypi linux amd64`, `ffmpeg version n9.0.2 Copyright ...`
+    seaweedfs, ffmpeg = (about[program].split()[2] for program in ("seaweedfs", "ffmpeg"))
     return (
         f"On {about['cores']} cores, {about['memory_gib']} GiB, Linux {about['kernel']}: Python {about['python']},"
-        f" PostgreSQL {about['postgresql']}, Valkey {about['valkey']}, {about['seaweedfs']}, {about['ffmpeg']}."
+        f" PostgreSQL {about['postgresql']}, Valkey {about['valkey']}, SeaweedFS {seaweedfs}, ffmpeg {ffmpeg}."
     )
 
 

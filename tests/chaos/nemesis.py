@@ -25,6 +25,7 @@ BRINGS = {
     "host falsely forgotten": "LOST-PUSH",
     "redis emptied": "RECONCILE-PUBLISH",
 }
+AFTERMATH_SECONDS = 3.0  # of what went wrong before: workers still wait for a store, recordings come once more
 RECOVERY_SECONDS = 60  # until what a dead worker had begun runs again; longer is no measurement
 
 
@@ -108,6 +109,7 @@ def only_this(driver: Driver) -> Track:
     while driver.faulty > 1:
         yield 0.1
     driver.place.board.set(Board.ARMED, False)
+    yield AFTERMATH_SECONDS
 
 
 def over(driver: Driver) -> None:
@@ -211,6 +213,8 @@ def scratch_lost(driver: Driver, random: Random) -> Track:
         if rows:
             batch, host = random.choice(rows)
             shutil.rmtree(driver.scratch(host) / batch, ignore_errors=True)
+            query = f"SELECT audio_id FROM audio_files WHERE batch_id = '{batch}' AND state = 'pending'"
+            driver.excused |= {item for (item,) in driver.stores.rows(query)}
             return
         yield 0.1
 
@@ -268,6 +272,7 @@ def sick(driver: Driver, random: Random) -> Track:
     while not (worker := busy_slot(driver, random)):
         yield 0.02
     pid, began = worker.pid, time.monotonic()
+    others = processes(driver, worker)
     before: dict[int, tuple[int, int]] = {}  # attempts of each item, and BEGINs of it so far
     driver.place.board.set(Board.SICK, True, worker.child)
     worker.ends = float("inf")
@@ -294,7 +299,15 @@ def sick(driver: Driver, random: Random) -> Track:
         since = driver.begins[item] - begins  # by others, who may have died of it meanwhile
         has_result = (driver.scratch(worker.host) / batch / f"{name}.json").exists()
         spent += state == "pending" and now > attempts + since and not has_result
+    if spent and processes(driver, worker) != others:  # one that died had begun some, perhaps, and not told
+        yield from sick(driver, random)
+        return
     driver.figures.setdefault("attempts spent by a sick worker", []).append(spent)
+
+
+def processes(driver: Driver, sick: Worker) -> set[int]:
+    """Of the GPU worker of the same host, the others."""
+    return {other.pid for other in driver.on(sick.host) if other.role == sick.role and other is not sick}
 
 
 def death_timed(driver: Driver, random: Random) -> Track:

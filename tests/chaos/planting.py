@@ -91,9 +91,13 @@ def double_jobs(driver: Driver) -> None:
 
 
 def plant_remains(driver: Driver) -> None:
-    """An object of a dead recording, as an upload leaves it that was on its way when the recording was buried."""
+    """An object of a dead recording, as an upload leaves it that was on its way when the recording was buried.
+
+    Of one that died long ago reconcile would not believe that, and report it.
+    """
     rows = driver.stores.rows(
-        "SELECT date::text, audio_id FROM audio_files WHERE state = 'dead' ORDER BY random() LIMIT 1"
+        "SELECT date::text, audio_id FROM audio_files"
+        " WHERE state = 'dead' AND settled_at > now() - interval '10 minutes' ORDER BY random() LIMIT 1"
     )
     for date, audio_id in rows:
         driver.stores.s3.put_object(Bucket=BUCKET, Key=f"processed/{date}/{audio_id}.opus", Body=b"remains")

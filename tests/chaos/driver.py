@@ -42,7 +42,8 @@ class Worker:
     """A place for a process, and what is known of the one that is there.
 
     `killed`: why the driver kills it; `told`: the fail point that it says it dies at. `begun`: items that are in its
-    hands, each with its attempts before. `due`: when it starts (again); `ends`: when it is killed at random.
+    hands, each with its attempts before. `serves`: asks for jobs. `due`: when it starts (again); `ends`: when it is
+    killed at random.
     """
 
     child: int
@@ -57,6 +58,7 @@ class Worker:
     clock_hours: float = 0.0
     log: Path = Path()
     begun: dict[int, int] = field(default_factory=dict)
+    serves: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Driver:
         effect = ("", self.random.randrange(EFFECTS))
         if self.hit:
             deaths, effect = {}, self.hit(worker)
-        worker.killed, worker.told, worker.code, worker.begun = "", "", None, {}
+        worker.killed, worker.told, worker.code, worker.begun, worker.serves = "", "", None, {}, False
         worker.ends = time.monotonic() + 1 + self.random.expovariate(1 / MEAN_LIFE)
         life = Life(worker.child, worker.role, host or worker.host, deaths, effect, worker.clock_hours)
         worker.clock_hours = 0.0
@@ -243,6 +245,8 @@ class Driver:
                 continue
             if "died" in told:
                 worker.told = told["died"]
+            elif "serves" in told:
+                worker.serves = True
             elif "begun" in told:
                 item, attempts = told["begun"]
                 worker.begun.setdefault(item, attempts - 1)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Generator
 from functools import partial
 from random import Random
-from typing import Any
 
 from driver import FATAL, HOSTS, KILLED, ON_LOOP, Driver, Track, Worker
 from proxies import BYTES_FAULTS, S3_FAULTS
@@ -311,20 +310,26 @@ def processes(driver: Driver, sick: Worker) -> set[int]:
 
 
 def death_timed(driver: Driver, random: Random) -> Track:
-    """A process dies with recordings in its hands, and nothing else goes wrong: how long until they run again."""
+    """A process dies with recordings in its hands, and nothing else goes wrong: how long until the first of them runs
+    again, or is settled where its result was kept; and how much of that the restart takes.
+    """
     yield from only_this(driver)
-    while not (worker := busy_slot(driver, random)):
-        yield 0.01
-    items = set(worker.begun)
-    driver.kill(worker, "timed")
-    began, poisoned = time.monotonic(), driver.deaths["poison"]
-    driver.window = {}
-    while worker.pid:
-        yield 0.0
-    first = None
-    while time.monotonic() - began < RECOVERY_SECONDS:
-        if items & driver.window.keys() or not pending(driver, items):
-            first = time.monotonic() - began
+    items: set[int] = set()
+    while not items:
+        while not (worker := busy_slot(driver, random)):
+            yield 0.01
+        items = set(worker.begun)
+        driver.kill(worker, "timed")
+        began, poisoned = time.monotonic(), driver.deaths["poison"]
+        driver.window = {}
+        while worker.pid:
+            yield 0.0
+        items = pending(driver, items)
+    served = None
+    while (passed := time.monotonic() - began) < RECOVERY_SECONDS:
+        if served is None and worker.pid and worker.serves:
+            served = passed
+        if items & driver.window.keys() or items - pending(driver, items):
             break
         yield 0.02
     driver.window = None
@@ -332,14 +337,20 @@ def death_timed(driver: Driver, random: Random) -> Track:
     if driver.deaths["poison"] > poisoned:  # something else went wrong meanwhile
         yield from death_timed(driver, random)
         return
-    figure = driver.figures.setdefault("seconds until the items of a dead worker ran again", [])
-    figure.append(first or RECOVERY_SECONDS)
+    driver.figures.setdefault("seconds until the items of a dead worker ran again", []).append(passed)
+    restart = passed if served is None else served  # where another process had them before
+    driver.figures.setdefault("seconds of these for its restart", []).append(restart)
+    driver.note("ran again", who=f"{worker.role}@{worker.host}", seconds=round(passed, 3), restart=round(restart, 3))
 
 
-def pending(driver: Driver, items: set[int]) -> bool:
+def pending(driver: Driver, items: set[int]) -> set[int]:
     some = ",".join(map(str, items))
-    rows: list[Any] = driver.stores.rows(f"SELECT 1 FROM audio_files WHERE state = 'pending' AND audio_id IN ({some})")
-    return bool(rows)
+    return {
+        item
+        for (item,) in driver.stores.rows(
+            f"SELECT audio_id FROM audio_files WHERE state = 'pending' AND audio_id IN ({some})"
+        )
+    }
 
 
 STORE_FAULTS: dict[str, Fault] = {

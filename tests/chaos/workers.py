@@ -185,6 +185,7 @@ class Points:
         self.left = dict(life.deaths)
         self.effect, self.effects_left = life.effect
         self.begun: dict[int, tuple[int, float]] = {}  # item to its attempts, and since when
+        self.serves = False
         self.lock = threading.RLock()
 
     def tell(self, what: str, value: object) -> None:
@@ -193,6 +194,9 @@ class Points:
 
     def pass_by(self, step: str, side: str) -> None:
         with self.lock:
+            if step == "CLAIM" and not self.serves:
+                self.serves = True
+                self.tell("serves", True)
             name = f"{self.life.role} {step} {side}"
             if name in self.left and self.mortal():
                 self.left[name] -= 1

@@ -246,6 +246,23 @@ def test_cleanup_scratch_ends_though_others_remove_files_meanwhile(
     assert not folder.exists()
 
 
+def test_cleanup_scratch_ends_though_a_result_is_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, unlink = tmp_path / BATCH, os.unlink
+    folder.mkdir()
+    (folder / f"{ITEM}.opus").write_bytes(b"OggS")
+
+    def beside_a_writer(name: Any, *arguments: Any, **named: Any) -> None:
+        unlink(name, *arguments, **named)
+        monkeypatch.undo()
+        (folder / f"{ITEM}.json").write_bytes(b"{}")
+
+    monkeypatch.setattr(os, "unlink", beside_a_writer)
+    s3_utils.cleanup_scratch(BATCH, root=tmp_path)
+    assert not folder.exists()
+
+
 def test_settings_have_the_references_names_and_defaults() -> None:
     rows = {name: default for name, default, _ in config.described(SETTINGS)}
     promised = {

@@ -61,9 +61,12 @@ def cleanup_scratch(batch_id: str, *, root: Path | None = None) -> None:
     """Remove a batch's folder; one that is not there is fine, one that cannot be removed raises OSError."""
     root = root or Path(os.environ.get("SCRATCH_ROOT", "/data/scratch"))
     folder = batch_dir(root, batch_id)
-    while folder.exists():  # again, where something in it vanished meanwhile
-        with suppress(FileNotFoundError):
+    while folder.exists():
+        try:
             shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # something in it vanished or came meanwhile
+                raise
 
 
 def fresh_dir(root: Path, batch_id: str) -> Path:

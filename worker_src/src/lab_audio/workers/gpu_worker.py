@@ -239,11 +239,17 @@ class Slot:
         return True
 
     def _give_up_scratch(self, work: Work) -> None:
-        """Return the batch of a recording whose Opus is missing; that is no attempt of its own."""
+        """Return the batch of a recording whose Opus is missing; that is no attempt of its own.
+
+        Raises Fatal if the rest of it cannot be removed.
+        """
         known = work.item.attempts if work.begun else work.item.attempts - 1  # an earlier process had begun it
         if work.begun or work.result:
             patiently(self.stop, ledger.hand_back, self.host.engine, work.item.audio_id, self.host.name, known)
-        patiently(self.stop, return_batch, self.host, work.item.batch_id)
+        try:
+            patiently(self.stop, return_batch, self.host, work.item.batch_id)
+        except OSError as error:
+            raise Fatal(f"SCRATCH_ROOT {self.host.scratch}: {error}") from error
         patiently(self.stop, drop_stale, self.host, self.inbox, work.job, work.item.batch_id)
 
     def _take_in_hand(self) -> None:
@@ -274,7 +280,7 @@ class Slot:
         only now that its attempt is counted, for that may be what kills it.
         """
         if self.hand and self.hand[0].tried:
-            self._reap(0)
+            wait([future for work, future in self.behind if not work.is_kept()])
             wait([future for _job, future in self.ahead])
         self.hand = [work for work in self.hand if self._begin(work)]
         with self._noting_sickness():

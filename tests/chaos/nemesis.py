@@ -29,7 +29,9 @@ RECOVERY_SECONDS = 60  # until what a dead worker had begun runs again; longer i
 
 
 def nemesis(name: str, driver: Driver, kinds: dict[str, Fault], doses: dict[str, int]) -> Track:
-    """One fault after the other, always one that is furthest from its dose. Those without a dose do not happen."""
+    """One fault after the other, always one that is furthest from its dose. Those without a dose do not happen, and
+    what takes long as often as its dose says.
+    """
     random = Random(f"{driver.options.seed} {name}")
     kinds = {name: kind for name, kind in kinds.items() if doses.get(name)}
     while kinds:
@@ -37,8 +39,9 @@ def nemesis(name: str, driver: Driver, kinds: dict[str, Fault], doses: dict[str,
             yield 0.1
         missing = {point.split()[1] for point in not_killed(ROLES, driver.kills)}
         given = {name: driver.doses[name] / doses[name] for name in kinds}
-        given |= {name: 0.99 for name in kinds if given[name] >= 1 and BRINGS.get(name) in missing}
-        name = min(kinds, key=lambda name: (given[name], random.random()))
+        given = {name: share for name, share in given.items() if share < 1 or name not in LONG}
+        given |= {name: 0.99 for name, share in given.items() if share >= 1 and BRINGS.get(name) in missing}
+        name = min(given, key=lambda name: (given[name], random.random()))
         driver.faulty += 1
         driver.note("fault", what=name)
         yield from kinds[name](driver, random)

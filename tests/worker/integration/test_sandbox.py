@@ -35,12 +35,15 @@ def encode(tmp_path: Path) -> ledger.NewItem:
         return unpack_worker.encode(row, mp3, tmp_path, 24_000)
 
 
-def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, *arguments: object) -> str | None:
+def attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, *arguments: object, seconds: float = 60
+) -> str | None:
     """Encode a recording with this Perl program in ffmpeg's place: why it is dead. The next one, by ffmpeg, is not."""
     enclosed, argv = sandbox.enclosed, [PERL, "-e", program, *map(str, arguments)]
     with monkeypatch.context() as patch:
         patch.setattr(sandbox, "enclosed", lambda _ffmpeg, cpu_seconds: enclosed(argv, cpu_seconds))
         patch.setattr(canary, "encode", lambda folder: None)
+        patch.setattr(unpack_worker, "encode_bounds", lambda mp3, bitrate: (seconds, 1 << 20))
         reason = encode(tmp_path).reason
     assert encode(tmp_path).reason is None
     return reason
@@ -111,9 +114,8 @@ def test_it_gets_no_8_gb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_it_does_not_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither asleep nor at work, nor by a child of its own."""
-    monkeypatch.setattr(unpack_worker, "encode_bounds", lambda mp3, bitrate: (1.0, 1 << 20))
     for program in ("sleep 1000", "fork; fork; sleep 1000", "1 while 1"):
-        reason = attempt(tmp_path, monkeypatch, f"{program} # for ever")
+        reason = attempt(tmp_path, monkeypatch, f"{program} # for ever", seconds=1)
         assert reason is not None
         assert "was not done with it in 1 seconds" in reason
     lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()

@@ -115,9 +115,9 @@ def run(options: argparse.Namespace) -> int:
         driver.start_track(nemesis("hosts", driver, HOST_FAULTS, doses), after=6)
 
         def without_dose() -> list[str]:
-            steps = [f"{point}: no kill" for point in not_killed(ROLES, driver.kills)]
+            steps = [f"{point}: no kill" for point in not_killed(ROLES, driver.kills) if options.doses != "outages"]
             faults = [f"{n}: {driver.doses[n]} of {dose}" for n, dose in doses.items() if driver.doses[n] < dose]
-            least = {} if options.doses == "small" else LEAST
+            least = LEAST if options.doses in ("full", "long") else {}
             reached = {"recordings": driver.planted.items, "kills": driver.kills.total()}
             few = [f"{reached[what]} of {number} {what}" for what, number in least.items() if reached[what] < number]
             return steps + faults + few
@@ -197,7 +197,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--minutes", type=float, default=5, help="how long things go wrong; draining comes on top")
     parser.add_argument(
-        "--doses", choices=DOSES, default="small", help="each fault once, a third of the table's, or with long outages"
+        "--doses",
+        choices=DOSES,
+        default="small",
+        help="each fault once, a third of the table's, these and long outages, or only stores that are away for long",
     )
     parser.add_argument("--teeth", nargs="*", metavar="STEP", help="break these steps in turn (default: every one)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the page of the logs that are named")

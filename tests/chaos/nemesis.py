@@ -14,6 +14,7 @@ from proxies import BYTES_FAULTS, S3_FAULTS
 from workers import ROLES, Board, not_killed
 
 Fault = Callable[[Driver, Random], Track]  # its own dice, so that other tracks do not change what they show
+STORES = ("s3", "redis", "postgres")
 WHOLE_SECONDS = 120  # from FLUSHALL until Redis is whole again, by reconcile
 SICK_SECONDS = 30  # until a sick worker ends
 # Faults that bring a step about: they go on until it was killed.
@@ -34,13 +35,15 @@ def nemesis(name: str, driver: Driver, kinds: dict[str, Fault], doses: dict[str,
     """
     random = Random(f"{driver.options.seed} {name}")
     kinds = {name: kind for name, kind in kinds.items() if doses.get(name)}
-    while kinds:
+    while True:
         while driver.quiet:
             yield 0.1
         missing = {point.split()[1] for point in not_killed(ROLES, driver.kills)}
         given = {name: driver.doses[name] / doses[name] for name in kinds}
         given = {name: share for name, share in given.items() if share < 1 or name not in LONG}
         given |= {name: 0.99 for name, share in given.items() if share >= 1 and BRINGS.get(name) in missing}
+        if not given:
+            return
         name = min(given, key=lambda name: (given[name], random.random()))
         driver.faulty += 1
         driver.note("fault", what=name)
@@ -119,18 +122,21 @@ def over(driver: Driver) -> None:
     driver.place.board.set(Board.ARMED, True)
 
 
-def long_outage(store: str, fault: str, rate: float, seconds: float, driver: Driver, random: Random) -> Track:
-    """A store is hit for long, and nothing else is. Of S3: no recording goes through the models twice."""
+def long_outage(
+    stores: tuple[str, ...], fault: str, rate: float, seconds: float, driver: Driver, random: Random
+) -> Track:
+    """Stores are hit for long, and nothing else is. Of S3: no recording goes through the models twice."""
     yield from only_this(driver)
     driver.window = {}
-    driver.place.proxies.set(store, fault, rate)
+    for store in stores:
+        driver.place.proxies.set(store, fault, rate)
     yield seconds
-    counts = driver.place.proxies.set(store)
+    counts = {store: driver.place.proxies.set(store) for store in stores}
     redone = sum(
         is_healthy(driver, item) for item, times in driver.window.items() if times > 1 and item not in driver.excused
     )
-    driver.note("passed", store=store, counts=counts, begun=len(driver.window), redone=redone, seconds=seconds)
-    if store == "s3":
+    driver.note("passed", stores=counts, begun=len(driver.window), redone=redone, seconds=seconds)
+    if "s3" in stores:
         driver.figures.setdefault("model work redone while S3 was hit", []).append(redone)
     driver.window = None
     over(driver)
@@ -360,16 +366,16 @@ STORE_FAULTS: dict[str, Fault] = {
     **{f"s3 {fault}": partial(broken_way, "s3", fault) for fault in (*S3_FAULTS, "away")},
     **{
         f"{store} {fault}": partial(broken_way, store, fault)
-        for store in ("redis", "postgres")
+        for store in STORES[1:]
         for fault in (*BYTES_FAULTS, "away")
     },
     **{f"{server} restarted": partial(restarted, server) for server in ("valkey", "postgres", "seaweedfs")},
     "redis emptied": emptied,
-    "s3 errors for a while": partial(long_outage, "s3", "error", 0.2, 10),
-    "s3 away for a while": partial(long_outage, "s3", "away", 1.0, 10),
-    "s3 errors for 10 min": partial(long_outage, "s3", "error", 0.2, 600),
-    "s3 away for 5 min": partial(long_outage, "s3", "away", 1.0, 300),
-    "postgres away for 5 min": partial(long_outage, "postgres", "away", 1.0, 300),
+    "s3 errors for a while": partial(long_outage, ("s3",), "error", 0.2, 10),
+    "s3 away for a while": partial(long_outage, ("s3",), "away", 1.0, 10),
+    "s3 errors for 10 min": partial(long_outage, ("s3",), "error", 0.2, 600),
+    **{f"{store} away for 5 min": partial(long_outage, (store,), "away", 1.0, 300) for store in STORES},
+    "all stores away for 5 min": partial(long_outage, STORES, "away", 1.0, 300),
 }
 HOST_FAULTS: dict[str, Fault] = {
     "host destroyed": destroyed,
@@ -383,7 +389,8 @@ HOST_FAULTS: dict[str, Fault] = {
     "worker sick": sick,
     "death timed": death_timed,
 }
-LONG = ("s3 errors for 10 min", "s3 away for 5 min", "postgres away for 5 min")
+OUTAGES = (*(f"{store} away for 5 min" for store in STORES), "all stores away for 5 min")
+LONG = ("s3 errors for 10 min", *OUTAGES)
 SMALL = {
     **{name: 1 for name in (*STORE_FAULTS, *HOST_FAULTS) if name not in LONG},
     "host destroyed": 3,
@@ -409,4 +416,9 @@ FULL = {
     "death timed": 34,
 }
 LEAST = {"recordings": 10_000, "kills": 1_000}  # in a run with these doses
-DOSES = {"small": SMALL, "full": FULL, "long": {**FULL, **dict.fromkeys(LONG, 1)}}
+DOSES = {
+    "small": SMALL,
+    "full": FULL,
+    "long": {**FULL, **dict.fromkeys(LONG, 1)},
+    "outages": dict.fromkeys(OUTAGES, 1),
+}

@@ -69,12 +69,11 @@ hits a recording that was tried three times already: it would rightly be given u
 
 @dataclass(frozen=True)
 class Run:
-    """One run's log: its first event, its verdict, and the faults that it says when they were over."""
+    """One run's log: its first event and its verdict."""
 
     name: str
     start: dict[str, Any]
     verdict: dict[str, Any]
-    passed: list[dict[str, Any]]
 
 
 def write(page: Path, logs: Sequence[Path]) -> bool:
@@ -113,8 +112,7 @@ def read(logs: Sequence[Path]) -> tuple[list[Run], list[dict[str, Any]]]:
             continue
         if not events or events[-1]["event"] != "verdict":
             raise ValueError(f"{log} has no verdict: that run was stopped")
-        passed = [event for event in events if event["event"] == "passed"]
-        runs.append(Run(log.name, events[0], events[-1], passed))
+        runs.append(Run(log.name, events[0], events[-1]))
     return runs, teeth
 
 

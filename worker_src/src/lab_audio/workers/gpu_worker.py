@@ -277,8 +277,8 @@ class Slot:
         """BEGIN each recording in hand and give it to the models; what fails is suspect.
 
         One that was tried before is alone in the process, so that it blames no other if it kills it; and it is decoded
-        only now that its attempt is counted, for that may be what kills it. Uploads go on of results that lie on scratch:
-        these are sent again, and nobody is blamed.
+        only now that its attempt is counted, for that may be what kills it. Results that lie on scratch are uploaded
+        meanwhile: they would be sent again, and nobody blamed.
         """
         if self.hand and self.hand[0].tried:
             wait([future for work, future in self.behind if not work.is_kept()])

@@ -10,7 +10,7 @@ demo:  ## The whole pipeline on this machine (SOUNDS=dir: your own MP3s; KEEP=1:
 test:  ## Everything that CI runs (REQUIRE_ALL=1: what cannot run fails; ONLY="lint unit")
 	@tests/stack/bootstrap.sh test && exec .venv/bin/python tests/run.py $(ONLY)
 
-chaos:  ## Everything that can go wrong does, by a seed (SEED=n MINUTES=n; DOSES=full: many of each; long, outages)
+chaos:  ## Everything that can go wrong does, by a seed (SEED=n MINUTES=n; DOSES=full, long, outages or deaths)
 	@tests/stack/bootstrap.sh test && exec .venv/bin/python tests/chaos/campaign.py \
 		$(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DOSES),--doses $(DOSES))
 

@@ -28,8 +28,8 @@ sys.path.insert(0, str(CHECKOUT / "tests" / "stack"))
 from checker import Stores, wrongs  # noqa: E402
 from disks import Disk  # noqa: E402
 from driver import HOSTS, ON_LOOP, STUCK_SECONDS, Driver, Place  # noqa: E402
-from machine import about  # noqa: E402
-from nemesis import DOSES, HOST_FAULTS, LEAST, STORE_FAULTS, nemesis  # noqa: E402
+from machine import about, commit  # noqa: E402
+from nemesis import DOSES, HOST_FAULTS, LEAST, ONLY, STORE_FAULTS, nemesis  # noqa: E402
 from planting import BATCH_FILES, arriving  # noqa: E402
 from proxies import Proxies, port_of  # noqa: E402
 from recordings import make_recordings  # noqa: E402
@@ -109,13 +109,16 @@ def run(options: argparse.Namespace) -> int:
         for name in skipped:
             doses[name] = 0
         driver = Driver(place, options, log, roles=lambda role: True)
-        driver.note("start", seed=options.seed, command=sys.argv[1:], machine=about(place.stack), times=TIMES)
+        driver.note(
+            "start", seed=options.seed, command=sys.argv[1:], commit=commit(), machine=about(place.stack), times=TIMES
+        )
         driver.start_track(arriving(driver))
         driver.start_track(nemesis("stores", driver, STORE_FAULTS, doses), after=4)
         driver.start_track(nemesis("hosts", driver, HOST_FAULTS, doses), after=6)
 
         def without_dose() -> list[str]:
-            steps = [f"{point}: no kill" for point in not_killed(ROLES, driver.kills) if options.doses != "outages"]
+            missing = [] if options.doses in ONLY else not_killed(ROLES, driver.kills)
+            steps = [f"{point}: no kill" for point in missing]
             faults = [f"{n}: {driver.doses[n]} of {dose}" for n, dose in doses.items() if driver.doses[n] < dose]
             least = LEAST if options.doses in ("full", "long") else {}
             reached = {"recordings": driver.planted.items, "kills": driver.kills.total()}
@@ -176,6 +179,7 @@ def tell(driver: Driver, wrong: list[str], undosed: list[str], skipped: dict[str
         poisoned=driver.deaths.total(),
         faults=driver.doses,
         ends=driver.ends,
+        anew=driver.anew,
         figures=driver.figures,
     )
     named = sum(count for name, count in driver.kills.items() if name.split()[-1] in ("before", "after"))
@@ -200,7 +204,7 @@ def main() -> int:
         "--doses",
         choices=DOSES,
         default="small",
-        help="each fault once, a third of the table's, these and long outages, or only stores that are away for long",
+        help="each fault once, a third of the table's, these and long outages, or only these, or only timed deaths",
     )
     parser.add_argument("--teeth", nargs="*", metavar="STEP", help="break these steps in turn (default: every one)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the page of the logs that are named")

@@ -92,6 +92,7 @@ class Driver:
         self.kills: Counter[str] = Counter()
         self.deaths: Counter[str] = Counter()
         self.doses: Counter[str] = Counter()
+        self.anew: Counter[str] = Counter()  # measures that were begun anew, as something else befell what they measure
         self.ends: Counter[str] = Counter()
         self.figures: dict[str, list[float]] = {}
         self.oddities: list[str] = []
@@ -103,7 +104,7 @@ class Driver:
         self.faulty = 0  # faults that are under way
         self.stopped: set[str] = set()  # servers
         self.begins: Counter[int] = Counter()  # BEGINs of each item so far
-        self.window: dict[int, int] | None = None  # and while this is kept
+        self.window: Counter[int] | None = None  # and while this is kept
         self.excused: set[int] = set()  # items that are done twice for another reason than the one that is measured
         self.hit: Callable[[Worker], tuple[str, int]] | None = None  # instead of all other kills: see Life.effect
         everywhere = [("transfer", "t1"), ("reconcile", "timer"), ("retention", "timer"), ("forget", "operator")]
@@ -252,7 +253,7 @@ class Driver:
                 worker.begun.setdefault(item, attempts - 1)
                 self.begins[item] += 1
                 if self.window is not None:
-                    self.window[item] = self.window.get(item, 0) + 1
+                    self.window[item] += 1
             else:
                 worker.begun.pop(told["settled"], None)
 

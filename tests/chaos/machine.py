@@ -39,3 +39,8 @@ def about(stack: Any) -> dict[str, Any]:
 def _first_line(*command: str) -> str:
     said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False).stdout
     return " ".join(said.decode(errors="replace").splitlines()[:1])[:80]
+
+
+def commit() -> str:
+    """What was tried: the checkout's commit, with `-dirty` where it was changed since; empty outside of a checkout."""
+    return _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from functools import partial
 from random import Random
@@ -26,6 +27,7 @@ BRINGS = {
     "redis emptied": "RECONCILE-PUBLISH",
 }
 AFTERMATH_SECONDS = 3.0  # of what went wrong before: workers still wait for a store, recordings come once more
+SETTLED_SECONDS = 60  # after an outage, for which what was begun is watched
 RECOVERY_SECONDS = 60  # until what a dead worker had begun runs again; longer is no measurement
 
 
@@ -125,19 +127,24 @@ def over(driver: Driver) -> None:
 def long_outage(
     stores: tuple[str, ...], fault: str, rate: float, seconds: float, driver: Driver, random: Random
 ) -> Track:
-    """Stores are hit for long, and nothing else is. Of S3: no recording goes through the models twice."""
+    """Stores are hit for long, and nothing else is. What was begun before or meanwhile is begun no second time until
+    it is settled.
+    """
     yield from only_this(driver)
-    driver.window = {}
+    while not busy_slot(driver, random):
+        yield 0.01
+    driver.window = Counter(item for worker in driver.workers if worker.pid for item in worker.begun)
     for store in stores:
         driver.place.proxies.set(store, fault, rate)
     yield seconds
     counts = {store: driver.place.proxies.set(store) for store in stores}
-    redone = sum(
-        is_healthy(driver, item) for item, times in driver.window.items() if times > 1 and item not in driver.excused
-    )
-    driver.note("passed", stores=counts, begun=len(driver.window), redone=redone, seconds=seconds)
-    if "s3" in stores:
-        driver.figures.setdefault("model work redone while S3 was hit", []).append(redone)
+    begun, over_since = {item for item in driver.window if is_healthy(driver, item)}, time.monotonic()
+    while pending(driver, begun) and time.monotonic() - over_since < SETTLED_SECONDS:
+        yield 0.5
+    told = {item: times for item, times in driver.window.items() if item not in driver.excused}
+    redone = sum(is_healthy(driver, item) for item, times in told.items() if times > 1)
+    driver.note("passed", stores=counts, begun=len(begun), told=len(told), redone=redone, seconds=seconds)
+    driver.figures.setdefault("model work redone in an outage", []).append(redone)
     driver.window = None
     over(driver)
 
@@ -292,6 +299,7 @@ def sick(driver: Driver, random: Random) -> Track:
             return
         yield 0.01
     if worker.code == KILLED:  # something else befell it
+        driver.anew["worker sick"] += 1
         yield from sick(driver, random)
         return
     driver.figures.setdefault("seconds until a sick worker ended", []).append(time.monotonic() - began)
@@ -308,6 +316,7 @@ def sick(driver: Driver, random: Random) -> Track:
         has_result = (driver.scratch(worker.host) / batch / f"{name}.json").exists()
         spent += state == "pending" and now > attempts + since and not has_result
     if spent and processes(driver, worker) != others:  # one that died had begun some, perhaps, and not told
+        driver.anew["worker sick"] += 1
         yield from sick(driver, random)
         return
     driver.figures.setdefault("attempts spent by a sick worker", []).append(spent)
@@ -319,40 +328,58 @@ def processes(driver: Driver, sick: Worker) -> set[int]:
 
 
 def death_timed(driver: Driver, random: Random) -> Track:
-    """A process dies with recordings in its hands, and nothing else goes wrong: how long until the first of them runs
-    again, or is settled where its result was kept; and how much of that the restart takes.
+    """A process dies with recordings at its models, and nothing else goes wrong: how long until the first of them is
+    begun again, and until the process that comes in its place takes jobs (0 where another had begun one before).
+
+    Measured anew where one of them killed a process, or lay twice in a list: that is what others do to it.
     """
     yield from only_this(driver)
-    items: set[int] = set()
-    while not items:
+    seconds = None
+    while seconds is None:
         while not (worker := busy_slot(driver, random)):
             yield 0.01
-        items = set(worker.begun)
+        begun = set(worker.begun)
         driver.kill(worker, "timed")
-        began, poisoned = time.monotonic(), driver.deaths["poison"]
-        driver.window = {}
+        since, restart, driver.window = time.monotonic(), None, Counter()
         while worker.pid:
             yield 0.0
-        items = pending(driver, items)
-    served = None
-    while (passed := time.monotonic() - began) < RECOVERY_SECONDS:
-        if served is None and worker.pid and worker.serves:
-            served = passed
-        if items & driver.window.keys() or items - pending(driver, items):
-            break
-        yield 0.02
+        items = at_models(driver, worker.host, begun)
+        while seconds is None and (items := items - driver.excused):
+            passed = time.monotonic() - since
+            if restart is None and worker.pid and worker.serves:
+                restart = passed
+            if items & driver.window.keys() or passed > RECOVERY_SECONDS:
+                seconds = passed
+            elif not pending(driver, items):  # the dead one had settled them
+                break
+            yield 0.02
+        if seconds is None:
+            driver.note("measured anew", what="death timed", begun=len(begun), after=round(time.monotonic() - since, 3))
+            driver.anew["death timed"] += 1
     driver.window = None
     over(driver)
-    if driver.deaths["poison"] > poisoned:  # something else went wrong meanwhile
-        yield from death_timed(driver, random)
-        return
-    driver.figures.setdefault("seconds until the items of a dead worker ran again", []).append(passed)
-    restart = passed if served is None else served  # where another process had them before
-    driver.figures.setdefault("seconds of these for its restart", []).append(restart)
-    driver.note("ran again", who=f"{worker.role}@{worker.host}", seconds=round(passed, 3), restart=round(restart, 3))
+    if seconds > RECOVERY_SECONDS:
+        driver.odd(f"no recording of a dead worker is begun again within {RECOVERY_SECONDS} s")
+    driver.figures.setdefault("seconds until a recording of a dead worker was begun again", []).append(seconds)
+    driver.figures.setdefault("seconds until the process in its place took jobs", []).append(restart or 0.0)
+    driver.note("begun again", who=f"{worker.role}@{worker.host}", seconds=seconds, restart=restart)
+
+
+def at_models(driver: Driver, host: str, begun: set[int]) -> set[int]:
+    """Of these items, those without a result: neither in the ledger nor on that host's scratch."""
+    if not begun:
+        return set()
+    some = ",".join(map(str, begun))
+    rows = driver.stores.rows(
+        f"SELECT audio_id, batch_id, item FROM audio_files WHERE state = 'pending' AND audio_id IN ({some})"
+    )
+    scratch = driver.scratch(host)
+    return {audio_id for audio_id, batch, item in rows if not (scratch / batch / f"{item}.json").exists()}
 
 
 def pending(driver: Driver, items: set[int]) -> set[int]:
+    if not items:
+        return set()
     some = ",".join(map(str, items))
     return {
         item
@@ -389,8 +416,7 @@ HOST_FAULTS: dict[str, Fault] = {
     "worker sick": sick,
     "death timed": death_timed,
 }
-OUTAGES = (*(f"{store} away for 5 min" for store in STORES), "all stores away for 5 min")
-LONG = ("s3 errors for 10 min", *OUTAGES)
+LONG = ("s3 errors for 10 min", *(f"{store} away for 5 min" for store in STORES), "all stores away for 5 min")
 SMALL = {
     **{name: 1 for name in (*STORE_FAULTS, *HOST_FAULTS) if name not in LONG},
     "host destroyed": 3,
@@ -420,5 +446,7 @@ DOSES = {
     "small": SMALL,
     "full": FULL,
     "long": {**FULL, **dict.fromkeys(LONG, 1)},
-    "outages": dict.fromkeys(OUTAGES, 1),
+    "outages": dict.fromkeys(LONG, 1),
+    "deaths": {"death timed": 100},
 }
+ONLY = ("outages", "deaths")  # doses by which one thing is measured, and not every step killed

@@ -61,11 +61,13 @@ def cleanup_scratch(batch_id: str, *, root: Path | None = None) -> None:
     """Remove a batch's folder; one that is not there is fine, one that cannot be removed raises OSError."""
     root = root or Path(os.environ.get("SCRATCH_ROOT", "/data/scratch"))
     folder = batch_dir(root, batch_id)
+    tries = 100
     while folder.exists():
         try:
             shutil.rmtree(folder)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # something in it vanished or came meanwhile
+            tries -= 1
+            if not tries or error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # something vanished or came meanwhile
                 raise
 
 

@@ -282,6 +282,7 @@ class Slot:
         """
         if self.hand and self.hand[0].tried:
             wait([future for work, future in self.behind if not work.is_kept()])
+            self._reap(len(self.behind))
             wait([future for _job, future in self.ahead])
         self.hand = [work for work in self.hand if self._begin(work)]
         with self._noting_sickness():

@@ -173,7 +173,7 @@ class Run:
         _write(
             self.directory / "known_hosts", "".join(f"{h.name} {key.read_text()}" for h, key in keys if key.exists())
         )
-        each = "".join(f"Host {h.name} {h.address}\n  HostName {h.address}\n  HostKeyAlias {h.name}\n" for h in hosts)
+        each = "".join(f"Host {h.name}\n  HostName {h.address}\n  HostKeyAlias {h.name}\n" for h in hosts)
         all_of_them = {
             "User": "root",
             "IdentityFile": self.key,
@@ -361,17 +361,9 @@ class Host:
             subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
         if self.root.is_mount():
             _do("umount", self.root)
-
-        def without_cgroups() -> bool:
-            for cgroup in self.cgroups:
-                for directory, _, _ in os.walk(cgroup, topdown=False):
-                    with contextlib.suppress(OSError):  # it is busy until a large process has quite ended
-                        Path(directory).rmdir()
-            return not any(cgroup.exists() for cgroup in self.cgroups)
-
-        if not _until(without_cgroups, DOWN_SECONDS):
-            raise Refused(f"{self.name}: its cgroups cannot be removed")
         for cgroup in self.cgroups:
+            for directory, _, _ in os.walk(cgroup, topdown=False):
+                Path(directory).rmdir()
             with contextlib.suppress(OSError):
                 cgroup.parent.rmdir()  # with the last host of the run
         if self.directory.exists():

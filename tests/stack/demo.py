@@ -28,7 +28,6 @@ from rich.text import Text
 from lab_audio.media import sandbox
 
 import corpus
-from account import account
 from models import POLICIES, assemble
 from stack import Stack
 
@@ -217,16 +216,39 @@ def show_errors(ledger: Any) -> bool:
 def show_account(stack: Stack, ledger: Any, scratch: Path, files: int) -> bool:
     """Print the closing account; True if every line of it is as it should be."""
 
+    def count(query: str) -> int:
+        return int(rows(ledger, f"SELECT count(*) FROM {query}")[0][0])
+
+    listing = stack.s3().get_paginator("list_objects_v2")
+    pages = listing.paginate(Bucket=stack.env["S3_BUCKET"], Prefix="processed/")
+    objects = {found["Key"] for page in pages for found in page.get("Contents", [])}
+    keys = {row[0] for row in rows(ledger, "SELECT s3_opus_path FROM audio_files WHERE state = 'done'")}
     on_scratch = sum(
         path.stat().st_size
         for folder in scratch.iterdir()
         if not folder.name.startswith(".")
         for path in (folder, *folder.rglob("*"))
     )
-    policies = len(list(POLICIES.glob("*.txt")))
-    with closing(redis.Redis.from_url(stack.env["REDIS_URL"], decode_responses=True)) as queue:
-        stores = (ledger, stack.s3(), stack.env["S3_BUCKET"], queue)
-        lines = account(*stores, files=files, policies=policies, on_scratch=on_scratch)
+    with closing(redis.Redis.from_url(stack.env["REDIS_URL"], decode_responses=True)) as client:
+        jobs = sum(client.llen(name) for name in client.scan_iter(_type="list"))
+        batch_keys = sum(1 for _ in client.scan_iter("batch:*"))
+    lines = [
+        ("recordings in the source", files, files),
+        ("rows done in audio_files", files, count("audio_files WHERE state = 'done'")),
+        ("rows in audio_files", files, count("audio_files")),
+        ("rows in transcripts", files, count("transcripts")),
+        (
+            "rows in classifications (one a policy, where there is speech)",
+            len(list(POLICIES.glob("*.txt"))) * count("transcripts WHERE speech"),
+            count("classifications"),
+        ),
+        ("objects under processed/", files, len(objects)),
+        ("objects that a row names", files, len(objects & keys)),
+        ("batches not complete", 0, count("batches WHERE state <> 'complete' OR flags <> '{}'")),
+        ("bytes left on scratch", 0, on_scratch),
+        ("jobs left in Redis lists", 0, jobs),
+        ("batch keys left in Redis", 0, batch_keys),
+    ]
     table = Table("account", "expected", "found", "")
     for column in table.columns[1:3]:
         column.justify = "right"

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).parents[2]
+# What is imported below needs it, hence E402.
 sys.path.insert(0, str(CHECKOUT / "tests" / "stack"))
 
 from checker import Stores, wrongs  # noqa: E402

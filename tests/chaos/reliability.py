@@ -39,6 +39,9 @@ nothing but the payloads that were planted as nonsense; dead is the planted pois
 
 {runs}
 
+A run that failed, or whose measures were wrong, is not in this table, and what it found wrong is in no line above:
+[testing.md](testing.md) names each, with its log.
+
 {machines}
 
 ## Kills by step

@@ -42,8 +42,8 @@ class Worker:
     """A place for a process, and what is known of the one that is there.
 
     `killed`: why the driver kills it; `told`: the fail point that it says it dies at. `begun`: items that are in its
-    hands, each with its attempts before. `serves`: asks for jobs. `due`: when it starts (again); `ends`: when it is
-    killed at random.
+    hands, each with its attempts before. `serves`: asks for jobs. `failed`: when its models first did, being sick.
+    `due`: when it starts (again); `ends`: when it is killed at random.
     """
 
     child: int
@@ -59,6 +59,7 @@ class Worker:
     log: Path = Path()
     begun: dict[int, int] = field(default_factory=dict)
     serves: bool = False
+    failed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ class Driver:
         effect = ("", self.random.randrange(EFFECTS))
         if self.hit:
             deaths, effect = {}, self.hit(worker)
-        worker.killed, worker.told, worker.code, worker.begun, worker.serves = "", "", None, {}, False
+        worker.killed, worker.told, worker.code, worker.begun = "", "", None, {}
+        worker.serves, worker.failed = False, None
         worker.ends = time.monotonic() + 1 + self.random.expovariate(1 / MEAN_LIFE)
         life = Life(worker.child, worker.role, host or worker.host, deaths, effect, worker.clock_hours)
         worker.clock_hours = 0.0
@@ -248,6 +250,8 @@ class Driver:
                 worker.told = told["died"]
             elif "serves" in told:
                 worker.serves = True
+            elif "failed" in told:
+                worker.failed = worker.failed or time.monotonic()
             elif "begun" in told:
                 item, attempts = told["begun"]
                 worker.begun.setdefault(item, attempts - 1)

@@ -17,7 +17,7 @@ from workers import ROLES, Board, not_killed
 Fault = Callable[[Driver, Random], Track]  # its own dice, so that other tracks do not change what they show
 STORES = ("s3", "redis", "postgres")
 WHOLE_SECONDS = 120  # from FLUSHALL until Redis is whole again, by reconcile
-SICK_SECONDS = 30  # until a sick worker ends
+SICK_SECONDS = 30  # until a sick worker ends, from the first failure of its models
 # Faults that bring a step about: they go on until it was killed.
 BRINGS = {
     "scratch lost": "RETURN",
@@ -283,10 +283,13 @@ def busy_slot(driver: Driver, random: Random) -> Worker | None:
 
 
 def sick(driver: Driver, random: Random) -> Track:
-    """From now on the models fail in one process, on everything. It is to end soon; no attempt is spent in the end."""
+    """From now on the models fail in one process, on everything. It is to end soon; no attempt is spent in the end.
+
+    Measured anew where it does not ask them: it may have nothing to do, or wait for uploads.
+    """
     while not (worker := busy_slot(driver, random)):
         yield 0.02
-    pid, began = worker.pid, time.monotonic()
+    pid, began, failed = worker.pid, time.monotonic(), worker.failed
     others = processes(driver, worker)
     before: dict[int, tuple[int, int]] = {}  # attempts of each item, and BEGINs of it so far
     driver.place.board.set(Board.SICK, True, worker.child)
@@ -294,15 +297,21 @@ def sick(driver: Driver, random: Random) -> Track:
     while worker.pid == pid:
         fresh = {item: attempts for item, attempts in worker.begun.items() if item not in before}
         before |= {item: (attempts, driver.begins[item]) for item, attempts in fresh.items()}
-        if time.monotonic() - began > SICK_SECONDS:
-            driver.odd(f"a sick worker does not end within {SICK_SECONDS} s")
-            return
+        failed = worker.failed or failed
+        if time.monotonic() - (failed or began) > SICK_SECONDS:
+            driver.place.board.set(Board.SICK, False, worker.child)
+            worker.ends = time.monotonic()
+            if failed:
+                driver.odd(f"{worker.role}@{worker.host} is sick and does not end within {SICK_SECONDS} s")
+                return
+            break
         yield 0.01
-    if worker.code == KILLED:  # something else befell it
+    ended, failed = time.monotonic(), worker.failed or failed
+    if worker.code == KILLED or not failed:  # something else befell it, or nothing
         driver.anew["worker sick"] += 1
         yield from sick(driver, random)
         return
-    driver.figures.setdefault("seconds until a sick worker ended", []).append(time.monotonic() - began)
+    driver.figures.setdefault("seconds until a sick worker ended", []).append(ended - failed)
     if worker.code not in (FATAL, None):
         driver.odd(f"a sick worker ended with {worker.code}")
     spent = 0

@@ -321,6 +321,7 @@ class StandIn:
     def transcribe(self, samples: Any) -> Transcript:
         self.points.pass_by("MODEL", "before")
         if self.board.get(Board.SICK, self.points.life.child):
+            self.points.tell("failed", True)
             raise RuntimeError("CUDA error: device-side assert triggered")
         words = hashlib.sha256((samples * 32768).astype("<i2").tobytes()).hexdigest()
         fate = self.fates.get(words)

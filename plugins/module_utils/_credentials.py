@@ -23,5 +23,7 @@ def credential(module: AnsibleModule, option: str, name: str) -> str | None:
         return None
     except (OSError, ValueError) as error:
         module.fail_json(msg=f"{path} cannot be read: {error}")
+    if not value:
+        module.fail_json(msg=f"{path} is empty")
     module.no_log_values.add(value)
     return value

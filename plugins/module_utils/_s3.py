@@ -18,6 +18,7 @@ import hashlib
 import ipaddress
 import os
 import re
+import stat
 import traceback
 import typing as t
 from urllib.parse import urlsplit
@@ -114,7 +115,10 @@ def open_store(module: AnsibleModule) -> Store:
     ]
     if missing:
         module.fail_json(msg=f"not given: {', '.join(missing)}")
-    parts = urlsplit(endpoint)
+    try:
+        parts = urlsplit(endpoint)
+    except ValueError:
+        parts = urlsplit("")
     if parts.password:
         module.no_log_values.add(parts.password)
     if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
@@ -123,28 +127,31 @@ def open_store(module: AnsibleModule) -> Store:
     if ca_bundle and not os.path.isfile(ca_bundle):
         module.fail_json(msg=f"ca_bundle: {ca_bundle} is not a file")
     verify = ca_bundle or (SYSTEM_CA if os.path.isfile(SYSTEM_CA) else None)
-    client = boto3.Session().client(
-        "s3",
-        endpoint_url=endpoint,
-        aws_access_key_id=access_key,
-        aws_secret_access_key=secret_key,
-        region_name=given["region"] or "us-east-1",
-        verify=verify,
-        config=Config(
-            signature_version="s3v4",
-            # Hashing a payload for its signature protects nothing that TLS does not.
-            s3={
-                "addressing_style": "path",
-                "payload_signing_enabled": not (parts.scheme == "https" or is_loopback(parts.hostname)),
-            },
-            # Swift before 2.35 answers 501 to the checksums that botocore would send over TLS.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            retries={"mode": "standard", "total_max_attempts": TRIES},
-            connect_timeout=10,
-            read_timeout=60,
-        ),
-    )
+    try:
+        client = boto3.Session().client(
+            "s3",
+            endpoint_url=endpoint,
+            aws_access_key_id=access_key,
+            aws_secret_access_key=secret_key,
+            region_name=given["region"] or "us-east-1",
+            verify=verify,
+            config=Config(
+                signature_version="s3v4",
+                # Hashing a payload for its signature protects nothing that TLS does not.
+                s3={
+                    "addressing_style": "path",
+                    "payload_signing_enabled": not (parts.scheme == "https" or is_loopback(parts.hostname)),
+                },
+                # Swift before 2.35 answers 501 to the checksums that botocore would send over TLS.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+                retries={"mode": "standard", "total_max_attempts": TRIES},
+                connect_timeout=10,
+                read_timeout=60,
+            ),
+        )
+    except (ValueError, aws.BotoCoreError) as error:
+        module.fail_json(msg=f"endpoint_url or region cannot be used: {error}")
     return Store(client, given["bucket"] or "audio-pipeline", endpoint)
 
 
@@ -362,18 +369,22 @@ def digest(stream: t.Iterable[bytes], size: int) -> Digest:
     return Digest(length, whole.hexdigest(), tuple(parts), etag)
 
 
-def upload(store: Store, key: str, stream: t.Iterable[bytes], wanted: Digest) -> None:
-    """Store bytes that were read before, and see that the store has them. Leaves nothing if it fails.
+def upload(store: Store, key: str, stream: t.Iterable[bytes], wanted: Digest, instead_of: Head | None = None) -> None:
+    """Store bytes that were read before, and see that the store has them. What is there is replaced at the end.
 
     Raises StoreError, also if they are others than before.
     """
     metadata = {"sha256": wanted.sha256, "size": str(wanted.size)}
     parts = parts_of(stream, part_size(wanted.size))
     if len(wanted.parts) == 1:
-        put(store, key, unchanged(next(parts, b""), wanted.parts[0]), wanted.parts[0], metadata)
+        data = unchanged(next(parts, b""), wanted.parts[0])
+        remove_parts(store, key, instead_of)
+        put(store, key, data, wanted.parts[0], metadata)
     else:
-        upload_parts(store, key, parts, wanted, metadata)
+        upload_parts(store, key, parts, wanted, metadata, instead_of)
     there = head(store, key)
+    if there is not None and there.sha256 != wanted.sha256:
+        raise StoreError(f"{store.place(key)}: another run has stored something else there meanwhile; it is left there")
     if there is None or (there.etag, there.size) != (wanted.etag, wanted.size):
         delete(store, key)
         raise StoreError(
@@ -382,12 +393,26 @@ def upload(store: Store, key: str, stream: t.Iterable[bytes], wanted: Digest) ->
         )
 
 
-def upload_parts(store: Store, key: str, parts: t.Iterator[bytes], wanted: Digest, metadata: dict[str, str]) -> None:
+def remove_parts(store: Store, key: str, there: Head | None) -> None:
+    """Delete an object that was stored in parts: Swift would keep the parts of what is overwritten for ever."""
+    if there is not None and "-" in there.etag:
+        delete(store, key)
+
+
+def upload_parts(
+    store: Store,
+    key: str,
+    parts: t.Iterator[bytes],
+    wanted: Digest,
+    metadata: dict[str, str],
+    instead_of: Head | None,
+) -> None:
     upload_id = begin_upload(store, key, metadata)
     try:
         done = []
         for number, md5 in enumerate(wanted.parts, 1):
             done.append(put_part(store, key, upload_id, number, unchanged(next(parts, b""), md5), md5))
+        remove_parts(store, key, instead_of)
         end_upload(store, key, upload_id, done)
     except BaseException:
         with contextlib.suppress(StoreError):  # what went wrong first is what to say
@@ -432,7 +457,10 @@ def room(path: str) -> int:
 
 
 def download(store: Store, key: str, found: Head, path: str) -> str:
-    """Write an object to a file, whole or not at all; its SHA-256. Raises StoreError, OSError."""
+    """Write an object to a file, whole or not at all; its SHA-256. Raises StoreError, OSError.
+
+    Others may not read a new file. One that is replaced keeps its mode and, as far as that may be, its owner.
+    """
     part, whole = f"{path}.part", hashlib.sha256()
     with alone(part) as file:
         try:
@@ -446,6 +474,11 @@ def download(store: Store, key: str, found: Head, path: str) -> str:
                     f"{store.place(key)}: its SHA-256 is {whole.hexdigest()}, but it was stored as {found.sha256}: it"
                     " is damaged in the store"
                 )
+            with contextlib.suppress(FileNotFoundError):
+                was = os.stat(path)
+                with contextlib.suppress(PermissionError):
+                    os.fchown(file.fileno(), was.st_uid, was.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(was.st_mode))
             os.replace(part, path)
         except BaseException:
             os.unlink(part)
@@ -456,10 +489,13 @@ def download(store: Store, key: str, found: Head, path: str) -> str:
 @contextlib.contextmanager
 def alone(path: str) -> t.Iterator[t.BinaryIO]:
     """A new file to write to, which no other run writes to; what a killed run left there is dropped."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "wb") as file:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.lexists(path) and os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+            here = os.fstat(file.fileno())
+            if here.st_uid != os.geteuid():
+                raise StoreError(f"{path} is somebody else's file: remove it first")
+            ours = os.path.lexists(path) and os.path.samestat(here, os.lstat(path))
         except BlockingIOError:
             ours = False
         if not ours:

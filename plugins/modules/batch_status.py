@@ -187,7 +187,7 @@ lists:
   elements: dict
   sample: [{"name": "unpack", "depth": 3, "oldest_seconds": 61.5}]
 dead_letters:
-  description: What was set aside and waits for somebody.
+  description: What was set aside and waits for somebody; null where the store that knows was not asked.
   returned: always
   type: dict
   sample: {"recordings": 1, "batches": 0, "payloads": 0}
@@ -306,13 +306,16 @@ class Lists:
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self.where = f"Redis at {parts.hostname or parts.path}:{parts.port or 6379}"
-        self.client = redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            encoding_errors="surrogateescape",
-            socket_connect_timeout=ANSWER_SECONDS,
-            socket_timeout=ANSWER_SECONDS,
-        )
+        try:
+            self.client = redis.Redis.from_url(
+                url,
+                decode_responses=True,
+                encoding_errors="surrogateescape",
+                socket_connect_timeout=ANSWER_SECONDS,
+                socket_timeout=ANSWER_SECONDS,
+            )
+        except (ValueError, TypeError) as error:
+            raise Missed(f"redis_url: {one_line(error)}") from error
 
     def ask(self, question: t.Callable[[t.Any], list[Row]]) -> list[Row]:
         try:
@@ -332,7 +335,7 @@ class Lists:
 def lists_of(client: t.Any) -> list[Row]:
     names = ["unpack", "transcribe"]
     for pattern in ("transcribe:*", "processing:*"):
-        names += sorted(client.scan_iter(match=pattern, count=1000))
+        names += sorted(set(client.scan_iter(match=pattern, count=1000)))  # SCAN may name one twice
     pipeline = client.pipeline(transaction=False)
     names.append("dead")
     for name in names:
@@ -345,12 +348,15 @@ def lists_of(client: t.Any) -> list[Row]:
 
 
 def counters_of(client: t.Any, batch_id: str | None) -> list[Row]:
-    ids = [batch_id] if batch_id else sorted(n.split(":")[1] for n in client.scan_iter(match="batch:*:total"))
+    ids = [batch_id] if batch_id else sorted({n.split(":")[1] for n in client.scan_iter(match="batch:*:total")})
     found = []
     for one in ids:
         total, processed = client.mget(f"batch:{one}:total", f"batch:{one}:processed")
         if total is not None:
-            done, of = int(processed or 0), int(total)
+            try:
+                done, of = int(processed or 0), int(total)
+            except ValueError:
+                raise Missed(f"batch:{one}:total or :processed in Redis is no number: delete both") from None
             found.append({"batch_id": one, "total": of, "processed": done, "percent": percent(done, of)})
     return found
 
@@ -403,16 +409,20 @@ def check_usable(module: AnsibleModule, database_url: str | None, redis_url: str
             " in the environment of the host, or credentials_directory"
         )
     wait_for = module.params["wait_for"]
-    needs = [f"fail_on={name}" for name in module.params["fail_on"] if name != "dead_letters"]
+    needs = [f"fail_on={name}" for name in module.params["fail_on"]]
     needs += [f"wait_for={wait_for}"] if wait_for else []
     if needs and not database_url:
         module.fail_json(msg=f"{', '.join(needs)} needs PostgreSQL: set database_url")
     if wait_for == "idle" and not redis_url:
         module.fail_json(msg="wait_for=idle needs Redis, which holds the jobs: set redis_url")
+    if "dead_letters" in module.params["fail_on"] and not redis_url:
+        module.fail_json(msg="fail_on=dead_letters needs Redis, too, which holds the payloads: set redis_url")
     if database_url and not is_url(database_url, ("postgresql", "postgres")):
         module.fail_json(msg="database_url must be a URL postgresql://...")
     if redis_url and not is_url(redis_url, ("redis", "rediss", "unix")):
         module.fail_json(msg="redis_url must be a URL redis://..., rediss://... or unix://...")
+    # Libraries quote what they do not understand, and it may be this.
+    module.no_log_values.update(urlsplit(url).password for url in (database_url, redis_url) if has_password(url))
     if database_url and PSYCOPG2_ERROR:
         module.fail_json(msg=missing_required_lib("psycopg2"), exception=PSYCOPG2_ERROR)
     if redis_url and REDIS_ERROR:
@@ -427,6 +437,10 @@ def is_url(url: str, schemes: t.Sequence[str]) -> bool:
         return False
 
 
+def has_password(url: str | None) -> bool:
+    return bool(url and urlsplit(url).password)
+
+
 def wait(module: AnsibleModule, ledger: Ledger, lists: Lists | None) -> float:
     """Wait for what is wanted; fails, with what was seen last, if it does not come. Returns for how many seconds."""
     wanted, timeout, batch_id = module.params["wait_for"], module.params["timeout"], module.params["batch_id"]
@@ -436,6 +450,7 @@ def wait(module: AnsibleModule, ledger: Ledger, lists: Lists | None) -> float:
             there, seen = is_complete(ledger, batch_id)
         else:
             there, seen = is_idle(ledger, lists)
+            there = there and is_idle(ledger, lists)[0]  # a job may have moved as the lists were looked at
         waited = time.monotonic() - began
         if there:
             return round(waited, 1)
@@ -457,8 +472,8 @@ def is_complete(ledger: Ledger, batch_id: str) -> tuple[bool, str]:
 
 def is_idle(ledger: Ledger, lists: Lists) -> tuple[bool, str]:
     """Whether nothing is at work, and what is."""
-    batches = len(ledger.batches(None))
     jobs = [f"{one['depth']} in {one['name']}" for one in lists.lists()[:-1] if one["depth"]]
+    batches = len(ledger.batches(None))  # after the jobs, which are entered here before they leave a list
     return not batches and not jobs, f"{batches} batches are open; jobs: {', '.join(jobs) or 'none'}"
 
 
@@ -468,7 +483,7 @@ def look(ledger: Ledger | None, lists: Lists | None, batch_id: str | None, stuck
     batches = first.batches(batch_id)
     if batch_id is not None and not batches:
         raise Missed(f"batch {batch_id} is unknown to {first.where}")
-    dead: Row = {"recordings": 0, "batches": 0, "payloads": 0}
+    dead: Row = {"recordings": None, "batches": None, "payloads": None}
     result: Row = {"batches": batches, "totals": totals(batches), "dead_letters": dead}
     if ledger:
         dead.update(ledger.rows(DEAD)[0])

@@ -57,11 +57,12 @@ options:
   dest:
     description:
       - File on the host to write, or an existing directory to write it into under the last part of its key. Needed with
-        O(state=fetched). It is replaced only by a whole and verified object.
+        O(state=fetched). It is replaced only by a whole and verified object, and keeps its mode. A new file is for its
+        owner alone, as it may hold voices.
     type: path
 notes:
   - What is below C(archives/) is never replaced by other content, since recordings may have been read from it already.
-    Objects elsewhere are.
+    Objects elsewhere are, once all of the new content is in the store.
   - An archive that is stored here is not yet queued; C(lab-audio reconcile) does that, or an C(RPUSH) on C(unpack).
   - O(state=absent) deletes an archive that may hold the only copy of recordings. C(lab-audio retention) deletes those
     that are not needed any more.
@@ -93,7 +94,7 @@ EXAMPLES = r"""
   lab.audio.s3_archive:
     state: fetched
     batch_id: 20250622-143052-a1b2c3
-    dest: /tmp/
+    dest: /var/lib/lab-audio/looked-at/
 
 - name: Delete an object
   lab.audio.s3_archive:
@@ -131,7 +132,7 @@ dest:
   description: File that holds the object.
   returned: with O(state=fetched)
   type: str
-  sample: /tmp/20250622-143052-a1b2c3.tar
+  sample: /var/lib/lab-audio/looked-at/20250622-143052-a1b2c3.tar
 plan:
   description: What was done, or in check mode would be.
   returned: always
@@ -212,9 +213,7 @@ def present(store: _s3.Store, key: str, params: dict[str, t.Any], changes: Chang
     changes.note(f"{how} {wanted.size} bytes under {key}", key, before, {"size": wanted.size, "sha256": wanted.sha256})
     if not check:
         abort_uploads(store, key)
-        if there is not None:
-            _s3.delete(store, key)  # Swift would keep the parts of what is overwritten for ever
-        _s3.upload(store, key, read(src), wanted)
+        _s3.upload(store, key, read(src), wanted, there)
     return result
 
 

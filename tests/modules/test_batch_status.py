@@ -234,12 +234,18 @@ def test_redis_alone_tells_total_and_processed(run: Run, lab: Lab) -> None:
     assert "unknown to Redis" in run(MODULE, env=alone, batch_id=NAMES[3])["msg"]
     assert "set database_url" in run(MODULE, env=alone, fail_on=["stuck"])["msg"]
     assert "set database_url" in run(MODULE, env=alone, wait_for="idle")["msg"]
+    assert "set database_url" in run(MODULE, env=alone, fail_on=["dead_letters"])["msg"]
+    assert result["dead_letters"] == {"recordings": None, "batches": None, "payloads": 0}
+    lab.queue.set(f"batch:{NAMES[1]}:total", "many")
+    assert f"batch:{NAMES[1]}:total or :processed in Redis is no number" in run(MODULE, env=alone)["msg"]
 
 
 def test_postgresql_alone_leaves_the_lists_out(run: Run, lab: Lab) -> None:
     alone = {"DATABASE_URL": lab.env["DATABASE_URL"]}
     assert "lists" not in run(MODULE, env=alone)
     assert "set redis_url" in run(MODULE, env=alone, wait_for="idle")["msg"]
+    assert "set redis_url" in run(MODULE, env=alone, fail_on=["dead_letters"])["msg"]
+    assert run(MODULE, env=alone)["dead_letters"] == {"recordings": 0, "batches": 0, "payloads": None}
 
 
 def test_secrets_come_from_files_and_are_not_told(run: Run, lab: Lab, tmp_path: Path) -> None:
@@ -249,6 +255,9 @@ def test_secrets_come_from_files_and_are_not_told(run: Run, lab: Lab, tmp_path: 
     assert "Redis at 127.0.0.1:1 cannot be asked" in said["msg"] and "sesame-opens" not in json.dumps(said)
     (tmp_path / "redis_url").unlink()
     assert run(MODULE, credentials_directory=tmp_path).get("failed") is None
+    (tmp_path / "redis_url").touch()
+    assert run(MODULE, credentials_directory=tmp_path)["msg"] == f"{tmp_path}/redis_url is empty"
+    (tmp_path / "redis_url").unlink()
     (tmp_path / "redis_url").mkdir()
     assert "cannot be read" in run(MODULE, credentials_directory=tmp_path)["msg"]
 
@@ -264,6 +273,8 @@ def test_secrets_come_from_files_and_are_not_told(run: Run, lab: Lab, tmp_path: 
             {"DATABASE_URL": "postgresql://u:sesame-opens@127.0.0.1:1/x"},
             "PostgreSQL at 127.0.0.1:1/x cannot be reached",
         ),
+        ({"DATABASE_URL": "postgresql://u:sesame-opens%zz@127.0.0.1:1/x"}, "invalid percent-encoded token"),
+        ({"REDIS_URL": "redis://u:sesame-opens@127.0.0.1:1/0?socket_timeout=soon"}, "redis_url: "),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run: Run, env: dict[str, str], said: str) -> None:

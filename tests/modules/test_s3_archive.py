@@ -196,6 +196,15 @@ def test_where_it_is_fetched_to(predicted: Run, run: Run, bucket: Bucket, tmp_pa
     assert "is not in the store" in run(MODULE, **bucket.options, state="fetched", key="none", dest=tmp_path)["msg"]
 
 
+def test_others_may_read_what_is_fetched_only_where_they_could_before(run: Run, bucket: Bucket, tmp_path: Path) -> None:
+    bucket.put("x", b"new")
+    (tmp_path / "before").write_bytes(b"old")
+    (tmp_path / "before").chmod(0o640)
+    for name, mode in (("new", 0o600), ("before", 0o640)):
+        run(MODULE, **bucket.options, state="fetched", key="x", dest=tmp_path / name)
+        assert (tmp_path / name).read_bytes() == b"new" and (tmp_path / name).stat().st_mode & 0o777 == mode
+
+
 def test_absent_removes_unfinished_uploads_too(predicted: Run, bucket: Bucket) -> None:
     bucket.s3.create_multipart_upload(Bucket=bucket.name, Key="models/x")
     bucket.s3.create_multipart_upload(Bucket=bucket.name, Key="models/xy")
@@ -257,6 +266,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "access key": ({"access_key": "nobody"}, "check access_key"),
     "bucket": ({"bucket": "no-such-bucket"}, "does not exist: create it, or correct bucket"),
     "port": ({"endpoint_url": "http://127.0.0.1:1"}, "is endpoint_url right"),
+    "no address": ({"endpoint_url": "http://[x"}, "endpoint_url must be a URL"),
+    "no name": ({"endpoint_url": "http://a b"}, "endpoint_url or region cannot be used"),
+    "region": ({"region": "a b"}, "endpoint_url or region cannot be used"),
     "no url": ({"endpoint_url": "swift.example.edu"}, "endpoint_url must be a URL"),
     "url with a secret": ({"endpoint_url": "http://u:wrong-sesame@x"}, "without credentials"),
     "ca": ({"ca_bundle": "/nonexistent"}, "is not a file"),
@@ -296,14 +308,29 @@ def test_secrets_come_from_files(run: Run, bucket: Bucket, tmp_path: Path) -> No
     assert "cannot be read" in said["msg"]
 
 
-def test_what_is_damaged_on_the_way_is_noticed(run: Run, server: Any, bucket: Bucket, tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"a" * MIB + b"\0")
+@pytest.mark.parametrize(("size", "call"), [(MIB, "PutObject"), (33 * MIB, "UploadPart")])
+def test_what_is_damaged_on_the_way_is_noticed_and_replaces_nothing(
+    run: Run, server: Any, bucket: Bucket, tmp_path: Path, size: int, call: str
+) -> None:
+    (tmp_path / "a").write_bytes(b"a" * size)
+    run(MODULE, **bucket.options, key="a", src=tmp_path / "a")
+    (tmp_path / "a").write_bytes(b"b" * size + b"\0")
     with Proxy(server) as proxy:
         proxy.on_request = lambda block: block.replace(b"\0", b"\1")
         options = {**bucket.options, "endpoint_url": proxy.endpoint, "ca_bundle": None, "key": "a"}
         said = run(MODULE, **options, src=tmp_path / "a")
-    assert said["failed"] and f"PutObject {proxy.endpoint}/{bucket.name}/a: 4" in said["msg"], said
-    assert bucket.keys() == []
+    assert said["failed"] and f"{call} {proxy.endpoint}/{bucket.name}/a: 4" in said["msg"], said
+    assert sha256(bucket.get("a")) == sha256(b"a" * size) and bucket.uploads() == []
+
+
+def test_what_another_run_stored_meanwhile_is_left(run: Run, server: Any, bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    ours, others = (sha256(data).encode() for data in (b"a", b"b"))
+    with Proxy(server) as proxy:
+        proxy.on_reply = lambda block: block.replace(ours, others)
+        options = {**bucket.options, "endpoint_url": proxy.endpoint, "ca_bundle": None, "key": "a"}
+        said = run(MODULE, **options, src=tmp_path / "a")
+    assert "another run has stored something else there" in said["msg"] and bucket.keys() == ["a"]
 
 
 @pytest.mark.parametrize("size", [MIB, 33 * MIB])

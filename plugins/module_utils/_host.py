@@ -11,6 +11,8 @@ import pwd
 import re
 import time
 
+LAST_NUMBER = 2**32 - 2  # the one after it says "let it be" to chown
+
 
 class Refused(Exception):
     """It cannot be done; the message says what, where, and what to do."""
@@ -33,7 +35,9 @@ def number_of(kind: str, name: str | None) -> int:
     """The number of an `owner` or a `group`; -1, which lets it be, without a name. Raises Refused."""
     if name is None:
         return -1
-    if name.isdigit():
+    if re.fullmatch("[0-9]+", name):
+        if int(name) > LAST_NUMBER:
+            raise Refused(f"{kind} {name} is a number that no {kind} has; the last is {LAST_NUMBER}")
         return int(name)
     try:
         return pwd.getpwnam(name).pw_uid if kind == "owner" else grp.getgrnam(name).gr_gid

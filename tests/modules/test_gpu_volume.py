@@ -325,6 +325,9 @@ def test_files_are_not_hidden_and_paths_are_plain(predicted: Run, disk: Loop, pl
     assert "system's own" in predicted(MODULE, **{**place.options(disk), "path": "/var"})["msg"]
     assert "octal" in predicted(MODULE, **place.options(disk, mode="750"))["msg"]
     assert "does not exist" in predicted(MODULE, **place.options(disk, owner="no-such-user"))["msg"]
+    assert "no owner has" in predicted(MODULE, **place.options(disk, owner="99999999999"))["msg"]
+    assert "no group has" in predicted(MODULE, **place.options(disk, group=str(2**32 - 1)))["msg"]
+    assert "does not exist" in predicted(MODULE, **place.options(disk, owner="²"))["msg"]
     assert "must be a path below" in predicted(MODULE, **place.options(disk, directories=[{"path": "../x"}]))["msg"]
     assert disk.get(0, SIZE).count(0) == SIZE
 

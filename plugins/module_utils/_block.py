@@ -72,7 +72,10 @@ def execute(
         out, err = (text.decode(errors="replace") for text in child.communicate(timeout=seconds))
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
-        raise Refused(f"{said}: no answer in {seconds:g} s; nothing is known of the disk, so nothing is done") from None
+        raise Refused(
+            f"{said}: no answer in {seconds:g} s, so it was killed, perhaps with its work half done; look for the cause"
+            " in the kernel's log, then run the task again"
+        ) from None
     if child.returncode not in codes:
         raise Refused(f"{said}: exit code {child.returncode}: {(err.strip() or out.strip() or 'it said nothing')}")
     return child.returncode, out

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.lab.audio.plugins.module_utils._block import execute
+from ansible_collections.lab.audio.plugins.module_utils._host import Refused
 from loops import MIB, Loop, do, instead_of, loop, own_mounts
 from needed import needed
 
@@ -205,6 +207,11 @@ def test_wipe_destroys_what_it_names(predicted: Run, disk: Loop, place: Place, w
     did = predicted(MODULE, **place.options(disk, wipe=wipe))
     assert did.get("failed") is None and did["plan"][0] == f"destroy {wipe} on {disk.node}"
     assert did["plan"][1].startswith("format") and uuid_of(disk) != wipe
+
+
+def test_a_program_that_does_not_answer_may_have_done_something() -> None:
+    with pytest.raises(Refused, match="so it was killed, perhaps with its work half done"):
+        execute("sleep", "9", seconds=0.1)
 
 
 @pytest.mark.parametrize("probe", ["blkid", "wipefs"])

@@ -57,11 +57,14 @@ def entry(text: str) -> list[str] | None:
 
 
 def edit(text: str, belongs: t.Callable[[str, str], bool], line: str | None) -> str:
-    """`line` in the place of the first entry that `belongs(source, mount point)`, and no other such entry."""
+    """`line` in the place of the first entry that `belongs(source, mount point)`, and no other such entry.
+
+    The mount point comes without a slash at its end.
+    """
     kept = []
     for old in text.splitlines(keepends=True):
         fields = entry(old)
-        if fields and len(fields) > 1 and belongs(unescape(fields[0]), unescape(fields[1])):
+        if fields and len(fields) > 1 and belongs(unescape(fields[0]), os.path.normpath(unescape(fields[1]))):
             if line is None:
                 continue
             same = fields == line.split() or fields + ["0"] * (6 - len(fields)) == line.split()

@@ -361,6 +361,15 @@ def test_one_entry_in_fstab(predicted: Run, disk: Loop, place: Place) -> None:
     assert place.fstab.stat().st_mode & 0o777 == 0o640
 
 
+def test_a_slash_at_the_end_is_the_same_mount_point(predicted: Run, disk: Loop, place: Place) -> None:
+    place.fstab.write_text(f"# mine\nLABEL=x {place.path}/ xfs defaults 0 0\n")
+    predicted(MODULE, **place.options(disk))
+    assert [line.split()[1] for line in place.fstab.read_text().splitlines()] == ["mine", str(place.path)]
+    place.fstab.write_text(place.fstab.read_text().replace(f" {place.path} ", f" {place.path}// "))
+    predicted(MODULE, state="absent", path=place.path, fstab=place.fstab)
+    assert place.fstab.read_text() == "# mine\n"
+
+
 CUT_SHORT: dict[str, tuple[str, str]] = {
     "before the superblock": ("dd if=/dev/urandom of={node} bs=1M seek=40 count=2 conv=notrunc", "format {node} "),
     "when it was whole": ('/usr/sbin/{mkfs} "$@"', "finish the formatting"),

@@ -73,7 +73,7 @@ options:
     elements: str
     default: []
   directories:
-    description: Directories to make on the volume.
+    description: Directories to make on the volume. One above that is not there gets the same owner, group and mode.
     type: list
     elements: dict
     default: []
@@ -210,6 +210,8 @@ import re
 import stat
 import typing as t
 import uuid
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.common.text.formatters import human_to_bytes
@@ -237,6 +239,7 @@ UNSIGNED = "unsigned-data"
 WORTH_GROWING = 16 * MIB
 MARKER = 4096
 LONG = 3600
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 Params = dict[str, t.Any]
 
 
@@ -386,22 +389,20 @@ def file_system_size(disk: Disk, fstype: str, path: str, mounted: bool) -> int:
 def wanted_directories(params: Params) -> list[tuple[str, int, int, int]]:
     """Path, owner, group and mode of the top and of each directory, parents first."""
     wanted = []
-    for each in [{**params, "path": ""}, *sorted(params["directories"], key=lambda one: one["path"])]:
+    for each in [{**params, "path": ""}, *params["directories"]]:
         mode = bits_of(each["mode"], f" of {each['path'] or params['path']}")
         if os.path.isabs(each["path"]) or ".." in each["path"].split("/"):
             raise Refused(f"directory {each['path']} must be a path below {params['path']}")
         owner, group = number_of("owner", each["owner"]), number_of("group", each["group"])
         wanted.append((os.path.normpath(os.path.join(params["path"], each["path"])), owner, group, mode))
-    return wanted
+    return sorted(wanted)
 
 
 def lay_out(wanted: list[tuple[str, int, int, int]], changes: Changes | None, check: bool) -> None:
     """Make directories and set owner and mode. Without `changes` they are not told one by one."""
     top = wanted[0][0]
     for path, owner, group, mode in wanted:
-        if os.path.lexists(path) and (os.path.realpath(path) != path or not os.path.isdir(path)):
-            raise Refused(f"{path} is not a directory, or goes through a symbolic link; remove it")
-        seen = os.stat(path) if os.path.lexists(path) else None
+        seen = directory(top, path)
         before = (
             {"owner": seen.st_uid, "group": seen.st_gid, "mode": f"{stat.S_IMODE(seen.st_mode):04o}"} if seen else {}
         )
@@ -411,14 +412,42 @@ def lay_out(wanted: list[tuple[str, int, int, int]], changes: Changes | None, ch
             continue
         if changes:
             changes.note(f"{'set owner and mode of' if seen else 'make'} {path}", path, before or None, after)
-        if check:
-            continue
-        if not seen:
-            if os.path.realpath(os.path.dirname(path)) != os.path.dirname(path):
-                raise Refused(f"{path} goes through a symbolic link below {top}; remove it")
-            os.makedirs(path, 0o750)
-        os.chown(path, owner, group)
-        os.chmod(path, mode)
+        if not check:
+            directory(top, path, (owner, group, mode))
+
+
+def directory(top: str, path: str, access: tuple[int, int, int] | None = None) -> os.stat_result | None:
+    """What one at or below `top` is like; None if it is not there. `access`: its owner, group and mode from now on.
+
+    With `access` it is made, and those above it with the same. Each is opened in the one above and no link is followed,
+    as whoever owns one may put a link there at any moment.
+    """
+
+    def give(file: int, owner: int, group: int, mode: int) -> None:
+        os.fchown(file, owner, group)
+        os.fchmod(file, mode)
+
+    with ExitStack() as opened:
+        file, here = os.open(top, DIRECTORY), top
+        opened.callback(os.close, file)
+        for name in Path(path).relative_to(top).parts:
+            here, made = os.path.join(here, name), False
+            if access:
+                with suppress(FileExistsError):
+                    os.mkdir(name, 0o700, dir_fd=file)
+                    made = True
+            try:
+                file = os.open(name, DIRECTORY, dir_fd=file)
+            except FileNotFoundError:
+                return None
+            except NotADirectoryError as error:
+                raise Refused(f"{here} is no directory, or a symbolic link; remove it") from error
+            opened.callback(os.close, file)
+            if access and made:
+                give(file, *access)
+        if access:
+            give(file, *access)
+        return os.fstat(file)
 
 
 def enter(fstab: str, new: str) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 from ansible_collections.lab.audio.plugins.module_utils._block import execute
+from ansible_collections.lab.audio.plugins.module_utils._changes import Changes
 from ansible_collections.lab.audio.plugins.module_utils._host import Refused
+from ansible_collections.lab.audio.plugins.modules.gpu_volume import lay_out
 from loops import MIB, Loop, do, instead_of, loop, own_mounts
 from needed import needed
 
@@ -83,6 +85,46 @@ def test_a_blank_disk_to_a_mounted_volume_and_back(predicted: Run, disk: Loop, p
     assert gone["changed"] and disk.places() == [] and place.fstab.read_text() == "# mine\n"
     back = predicted(MODULE, **{**options, "device": f"UUID={uuid}", "expected_size": None})
     assert back["uuid"] == uuid and (place.path / "models" / "kept").read_text() == "data"
+
+
+def test_a_directory_above_is_made_for_the_same_owner(predicted: Run, disk: Loop, place: Place) -> None:
+    first = {"path": "models/gemma", "owner": "1", "group": "1", "mode": "0700"}
+    second = {"path": "models/whisper/large", "owner": "2", "mode": "0755"}
+    for layout in ([first], [second, first]):
+        predicted(MODULE, **place.options(disk, directories=layout))
+    status = [(place.path / d).stat() for d in ("models", "models/gemma", "models/whisper", "models/whisper/large")]
+    assert [(one.st_uid, one.st_gid, one.st_mode & 0o777) for one in status] == [
+        *[(1, 1, 0o700)] * 2,
+        *[(2, 0, 0o755)] * 2,
+    ]
+
+
+class Swaps(Changes):
+    """The owner of a directory puts a link in its place when the module has looked at it."""
+
+    def __init__(self, there: Path, link: Path) -> None:
+        super().__init__()
+        self.there, self.link = there, link
+
+    def note(self, step: str, name: str, before: Any, after: Any) -> None:
+        super().note(step, name, before, after)
+        self.there.rename(self.there.with_name("aside"))
+        self.there.symlink_to(self.link)
+
+
+@pytest.mark.parametrize("below", ["", "new"])
+def test_no_link_is_followed(tmp_path: Path, below: str) -> None:
+    top, others = tmp_path / "data", tmp_path / "others"
+    (top / "models").mkdir(parents=True)
+    top.chmod(0o750)
+    others.mkdir()
+    others.chmod(0o701)
+    wanted = [(str(top), -1, -1, 0o750), (str(top / "models" / below), 1, 1, 0o700)]
+    with pytest.raises(Refused, match="a symbolic link; remove it"):
+        lay_out(wanted, Swaps(top / "models", others), False)
+    assert (others.stat().st_uid, others.stat().st_mode & 0o777, list(others.iterdir())) == (0, 0o701, [])
+    with pytest.raises(Refused, match="a symbolic link; remove it"):
+        lay_out(wanted, Changes(), True)
 
 
 def may_resize() -> bool:

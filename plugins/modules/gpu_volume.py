@@ -450,10 +450,15 @@ def directory(top: str, path: str, access: tuple[int, int, int] | None = None) -
         return os.fstat(file)
 
 
-def enter(fstab: str, new: str) -> None:
-    _fstab.write(fstab, new)
-    if fstab == "/etc/fstab" and os.path.isdir("/run/systemd/system"):
-        execute("systemctl", "daemon-reload", seconds=60)
+def reload_systemd(fstab: str) -> None:
+    """Have systemd read fstab, if it has not since its last change: by this run, or one that was killed."""
+    if fstab != "/etc/fstab" or not os.path.isdir("/run/systemd/system"):
+        return
+    with suppress(FileNotFoundError):
+        # systemd makes this directory anew each time it reads fstab.
+        if os.stat(fstab).st_ctime < os.stat("/run/systemd/generator").st_mtime:
+            return
+    execute("systemctl", "daemon-reload", seconds=60)
 
 
 def present(params: Params, changes: Changes, check: bool, lock: int) -> dict[str, t.Any]:
@@ -498,20 +503,24 @@ def present(params: Params, changes: Changes, check: bool, lock: int) -> dict[st
         shown = after if content.uuid else after.replace(f"UUID={identity} ", f"UUID={NEW} ")
         changes.note(f"enter {path} in {fstab}", fstab, before, shown)
         if not check:
-            enter(fstab, after)
-    try:
-        if not mounted:
-            changes.note(f"mount {disk.node} at {path}", "mounted", None, path)
-            if not check:
+            if mounted:
+                # Before fstab says so, as a killed run is made up for by its line. With the disk, fstab is not asked.
+                execute("mount", "-o", f"remount,{options}", disk.node, path, seconds=300, keep=[lock])
+            _fstab.write(fstab, after)
+    if not check:
+        reload_systemd(fstab)
+    if not mounted:
+        changes.note(f"mount {disk.node} at {path}", "mounted", None, path)
+        if not check:
+            try:
                 execute("mount", "-t", fstype, "-o", options, disk.node, path, seconds=300, keep=[lock])
                 if (disk.number, path) not in mounts():
                     raise Refused(f"mount said that {disk.node} is mounted at {path}, but the kernel does not show it")
-        elif after != before and not check:
-            execute("mount", "-o", f"remount,{options}", path, seconds=300, keep=[lock])
-    except Refused as error:
-        if after != before:
-            enter(fstab, before)
-        raise Refused(f"{error}; {fstab} is as it was before") from error
+            except Refused as error:
+                if after != before:
+                    _fstab.write(fstab, before)
+                    reload_systemd(fstab)
+                raise Refused(f"{error}; {fstab} is as it was before") from error
 
     if grows:
         changes.note(f"grow {fstype} on {disk.node} to the size of the disk", "grown", size, disk.size)
@@ -545,7 +554,9 @@ def absent(params: Params, changes: Changes, check: bool, lock: int) -> dict[str
     if after != before:
         changes.note(f"remove {path} from {fstab}", fstab, before, after)
         if not check:
-            enter(fstab, after)
+            _fstab.write(fstab, after)
+    if not check:
+        reload_systemd(fstab)
     return {"mount_point": path}
 
 

@@ -412,6 +412,36 @@ def test_a_slash_at_the_end_is_the_same_mount_point(predicted: Run, disk: Loop, 
     assert place.fstab.read_text() == "# mine\n"
 
 
+@pytest.mark.parametrize("body", ["", 'exec /usr/bin/mount "$@"'])
+def test_killed_as_it_mounts_again(run: Run, disk: Loop, place: Place, body: str) -> None:
+    run(MODULE, **place.options(disk))
+    options = place.options(disk, mount_options=["noatime", "nodev"])
+    killed_in("mount", place, f"kill -9 $PPID; {body}", options)
+    assert run(MODULE, **options)["changed"] and run(MODULE, **options)["changed"] is False
+    assert {"noatime", "nodev"} < set(do("findmnt", "-no", "OPTIONS", place.path).strip().split(","))
+    assert " noatime,nodev," in place.fstab.read_text()
+
+
+def test_systemd_reads_fstab_though_a_run_was_killed_before(run: Run, disk: Loop, place: Place) -> None:
+    systemd, seen = Path("/run/systemd"), place.path.parent / "seen"
+    reads = (
+        f"rm -r {systemd}/generator; mkdir {systemd}/generator; findmnt -n {place.path} >> {seen}; echo read >> {seen}"
+    )
+    with instead_of(Path("/etc")), instead_of(Path("/run")):
+        (systemd / "system").mkdir(parents=True)
+        (systemd / "generator").mkdir()
+        place.fstab = Path("/etc/fstab")
+        fake = killed_in("systemctl", place, "kill -9 $PPID", place.options(disk))
+        assert str(place.path) in place.fstab.read_text() and disk.places() == []
+        fake.write_text(f"#!/bin/sh\n{reads}\n")
+        env = {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
+        for _again in range(2):
+            run(MODULE, env=env, **place.options(disk))
+            assert seen.read_text() == "read\n"  # once, before it was mounted
+        run(MODULE, env=env, state="absent", path=place.path, fstab=place.fstab)
+        assert seen.read_text() == "read\nread\n"
+
+
 CUT_SHORT: dict[str, tuple[str, str]] = {
     "before the superblock": ("dd if=/dev/urandom of={node} bs=1M seek=40 count=2 conv=notrunc", "format {node} "),
     "when it was whole": ('/usr/sbin/{mkfs} "$@"', "finish the formatting"),
@@ -424,16 +454,23 @@ DAMAGE = {
 }
 
 
-def killed_as_it_formats(disk: Loop, place: Place, body: str, fstype: str = "ext4") -> None:
-    """Run the module with this in the place of mkfs; when it is done, the module is killed."""
-    fake = place.path.parent / "bin" / f"mkfs.{fstype}"
+def killed_in(program: str, place: Place, body: str, options: dict[str, Any]) -> Path:
+    """Run the module with this in the place of a program that it runs, which kills it. Gives the file of this."""
+    fake = place.path.parent / "bin" / program
     fake.parent.mkdir()
-    fake.write_text(f"#!/bin/sh\n{body}\nsync {disk.node}\nkill -9 $PPID\n")
+    fake.write_text(f"#!/bin/sh\n{body}\n")
     fake.chmod(0o755)
-    arguments = write_arguments(fake.parent / "arguments.json", place.options(disk, fstype=fstype))
+    arguments = write_arguments(fake.parent / "arguments.json", options)
     env = environment(PATH=f"{fake.parent}:{os.environ['PATH']}")
     killed = subprocess.run(command(MODULE, arguments), env=env, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stdout
+    return fake
+
+
+def killed_as_it_formats(disk: Loop, place: Place, body: str, fstype: str = "ext4", **more: Any) -> None:
+    """With this in the place of mkfs; when it is done, the module is killed."""
+    options = place.options(disk, fstype=fstype, **more)
+    killed_in(f"mkfs.{fstype}", place, f"{body}\nsync {disk.node}\nkill -9 $PPID", options)
 
 
 @pytest.mark.parametrize("fstype", ["ext4", "xfs"])

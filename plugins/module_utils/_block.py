@@ -42,10 +42,10 @@ class Disk(t.NamedTuple):
 
 
 class Signatures(t.NamedTuple):
-    """What blkid and wipefs find. `kinds`: types of both; `names`: what `wipe` may say."""
+    """What blkid and wipefs find: types and UUIDs of both. `uuid`: of the file system."""
 
     kinds: frozenset[str]
-    names: frozenset[str]
+    uuids: frozenset[str]
     uuid: str
 
 
@@ -248,7 +248,7 @@ def refuse_in_use(disk: Disk, path: str) -> bool:
 
 def read_signatures(disk: Disk) -> Signatures:
     """What blkid and wipefs find. Raises Refused where they are in doubt, or see different things."""
-    kinds, names, uuid = set(), set(), ""
+    kinds, uuids, uuid = set(), set(), ""
     code, out = execute("blkid", "-p", "-o", "export", disk.node, codes=(0, 2))
     seen = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
     if (code == 2 and seen) or (code == 0 and not (seen.get("TYPE") or seen.get("PTTYPE"))):
@@ -258,12 +258,12 @@ def read_signatures(disk: Disk) -> Signatures:
             kinds.add(seen[key])
     # A table's UUID is its PTUUID.
     uuid = seen.get("UUID", "")
-    names |= {value for key, value in seen.items() if key in ("UUID", "PTUUID", "TYPE", "PTTYPE")}
+    uuids |= {value for key, value in seen.items() if key in ("UUID", "PTUUID")}
     _code, out = execute("wipefs", "--no-act", "--json", disk.node)
     try:
         listed = json.loads(out or '{"signatures": []}')["signatures"]
         wiped = {entry["type"] for entry in listed}
-        names |= {entry["uuid"] for entry in listed if entry.get("uuid")} | wiped
+        uuids |= {entry["uuid"] for entry in listed if entry.get("uuid")}
     except (ValueError, KeyError, TypeError) as error:
         raise Refused(f"wipefs --no-act --json {disk.node}: its output is not understood: {out.strip()}") from error
     # The protective MBR is a part of GPT.
@@ -272,7 +272,7 @@ def read_signatures(disk: Disk) -> Signatures:
         raise Refused(f"wipefs finds {', '.join(sorted(wiped))} on {disk.node} where blkid -p finds nothing")
     if code == 0 and not wiped:
         raise Refused(f"blkid -p finds {', '.join(sorted(kinds))} on {disk.node} where wipefs finds nothing")
-    return Signatures(frozenset(kinds | wiped), frozenset(name for name in names if name), uuid)
+    return Signatures(frozenset(kinds | wiped), frozenset(uuids - {""}), uuid)
 
 
 def refuse_partitions(disk: Disk) -> None:

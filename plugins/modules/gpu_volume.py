@@ -106,7 +106,9 @@ options:
     description:
       - What to destroy, if the disk is not blank. The UUID or the type of the signature that is there, such as
         V(LVM2_member), or V(unsigned-data) if there are data without a signature. Anything else is refused.
-      - A file system of O(fstype) is destroyed only by its UUID. So the task may stay as it is afterwards.
+      - A file system of O(fstype) is destroyed only by its UUID. A UUID may stay in the task, as nothing else has it.
+      - What is no UUID is refused if O(fstab) has a line for O(path), as the disk may be the volume of an earlier run,
+        damaged. Take it out of the task afterwards nevertheless. A host that is installed anew has no such line.
       - A disk that is in use, has partitions or several kinds of signatures is refused.
     type: str
   grow:
@@ -281,8 +283,11 @@ def write_marker(disk: Disk, data: bytes) -> None:
         os.close(file)
 
 
-def inspect(disk: Disk, fstype: str, wipe: str | None, mounted: bool) -> Content:
-    """What to do with the disk. Raises Refused unless it has the file system, is blank, or `wipe` names what it has."""
+def inspect(disk: Disk, fstype: str, wipe: str | None, mounted: bool, entered: str) -> Content:
+    """What to do with the disk. Raises Refused unless it has the file system, is blank, or `wipe` names what it has.
+
+    `entered`: the words for fstab having the path already; empty if it has not.
+    """
     found = read_signatures(disk)
     if mounted:
         if found.kinds == {fstype} and found.uuid:
@@ -301,7 +306,7 @@ def inspect(disk: Disk, fstype: str, wipe: str | None, mounted: bool) -> Content
         if place is None:
             return Content("", marked=marked)
         if wipe == UNSIGNED:
-            return Content("", destroys=UNSIGNED)
+            return destroy_unnamed(disk, wipe, entered)
         seen = f"at byte {place} is the superblock of one" if marked else f"byte {place} is not zero"
         raise Refused(
             f"{disk.node} has no signature, but {seen}: perhaps a damaged file system. If its data"
@@ -311,15 +316,27 @@ def inspect(disk: Disk, fstype: str, wipe: str | None, mounted: bool) -> Content
         raise Refused(f"{disk.node} has {listed(found.kinds)}; clear it by hand if its data may be destroyed")
     if not disk.whole:
         raise Refused(f"{disk.node} is a partition with {listed(found.kinds)}; only whole disks are formatted")
-    if wipe in found.names and not (fstype in found.kinds and wipe == fstype):
-        return Content("", destroys=t.cast(str, wipe))
+    if wipe and wipe in found.uuids:
+        return Content("", destroys=wipe)
+    if wipe and wipe in found.kinds - {fstype}:
+        return destroy_unnamed(disk, wipe, entered)
     said = f", and wipe says {wipe}" if wipe else ""
     other = found.kinds & set(LABEL_LENGTH) - {fstype}
     use = f" To use it as it is, say fstype: {min(other)}." if other else ""
     raise Refused(
         f"{disk.node} has {listed(found.kinds)}{said}.{use} If its data may be destroyed, say wipe with one of:"
-        f" {', '.join(sorted(found.names - {fstype})) or 'none, as it has no UUID'}"
+        f" {', '.join(sorted(found.uuids | found.kinds - {fstype})) or 'none, as it has no UUID'}"
     )
+
+
+def destroy_unnamed(disk: Disk, wipe: str, entered: str) -> Content:
+    """What `wipe` says without a UUID fits many a disk, also the volume that an earlier run made."""
+    if entered:
+        raise Refused(
+            f"{entered}, so {disk.node} may be that volume with its file system damaged, and wipe: {wipe} does not name"
+            " it by a UUID. Repair it; or take that line out of fstab, if the data of the disk may be destroyed"
+        )
+    return Content("", destroys=wipe)
 
 
 def inspect_marked(disk: Disk, fstype: str, marked: str) -> Content:
@@ -468,7 +485,9 @@ def present(params: Params, changes: Changes, check: bool, lock: int) -> dict[st
     wanted = wanted_directories(params)
     mounted = refuse_in_use(disk, path)
     check_path(path, disk.node, mounted)
-    content = inspect(disk, fstype, params["wipe"], mounted)
+    before = _fstab.read(fstab)
+    entered = _fstab.edit(before, lambda _source, place: place == path, None) != before
+    content = inspect(disk, fstype, params["wipe"], mounted, f"{fstab} has a line for {path}" if entered else "")
     identity = content.uuid or NEW
     size = file_system_size(disk, fstype, path, mounted) if content.uuid else disk.size
     grows = params["grow"] and disk.size - size >= WORTH_GROWING
@@ -493,7 +512,6 @@ def present(params: Params, changes: Changes, check: bool, lock: int) -> dict[st
         if not check:
             os.makedirs(path, 0o755)
 
-    before = _fstab.read(fstab)
     options = ",".join(params["mount_options"] + ["nofail"])
     if "x-systemd.device-timeout" not in options:
         options += ",x-systemd.device-timeout=30s"

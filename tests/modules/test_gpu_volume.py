@@ -251,6 +251,28 @@ def test_wipe_destroys_what_it_names(predicted: Run, disk: Loop, place: Place, w
     assert did["plan"][1].startswith("format") and uuid_of(disk) != wipe
 
 
+@pytest.mark.parametrize("what", ["swap", "lost ext4", "MBR"])
+def test_a_wipe_that_stays_in_a_playbook_destroys_no_volume(
+    predicted: Run, disk: Loop, place: Place, what: str
+) -> None:
+    options = place.options(disk, wipe=WIPED[what](disk))
+    assert predicted(MODULE, **options)["changed"]
+    do("umount", place.path)
+    do("wipefs", "--all", disk.node)
+    WIPED[what](disk)  # what is left of the volume looks as the disk did before
+    before = disk.sha256()
+    assert "may be that volume" in predicted(MODULE, **options)["msg"]
+    assert disk.sha256() == before
+    predicted(MODULE, state="absent", path=place.path, fstab=place.fstab)
+    assert predicted(MODULE, **options)["plan"][0].startswith("destroy")
+
+
+def test_a_wipe_by_uuid_needs_no_other_fstab(predicted: Run, disk: Loop, place: Place) -> None:
+    do("mkfs.ext4", "-q", disk.node)
+    place.fstab.write_text(f"UUID={uuid_of(disk)} {place.path} ext4 defaults 0 0\n")
+    assert predicted(MODULE, **place.options(disk, wipe=uuid_of(disk)))["plan"][0].startswith("destroy")
+
+
 def test_a_program_that_does_not_answer_may_have_done_something() -> None:
     with pytest.raises(Refused, match="so it was killed, perhaps with its work half done"):
         execute("sleep", "9", seconds=0.1)

@@ -23,6 +23,7 @@ from ansible_collections.lab.audio.plugins.module_utils._host import Refused
 MIB = 1 << 20
 HEAD = 8 * MIB
 SAMPLE = 4096
+HEAD_FREE = 1024
 PROBE_SECONDS = 20
 SERIAL_CUT = 20
 SYSTEM_MOUNTS = ("/", "/boot", "/boot/efi", "/efi", "/etc", "/home", "/opt", "/root", "/srv", "/usr", "/var")
@@ -288,9 +289,15 @@ def first_byte(disk: Disk) -> int | None:
     return None
 
 
-def other_superblock(disk: Disk, uuids: t.Container[str]) -> int | None:
-    """Where the copy of a superblock is whose UUID is none of these: of a file system that lost its first one."""
+def not_of_mkfs(disk: Disk, uuid: str) -> int | None:
+    """Where something is that mkfs with this UUID, killed before its superblock was there, has not left.
+
+    Data without a file system begin where it leaves zeros. A superblock's copy with another UUID is of a file system
+    that lost its first one.
+    """
     for start, data in _read_places(disk):
+        if start == 0 and data.count(0, 0, HEAD_FREE) != HEAD_FREE:
+            return 0
         found = ""
         if data[:4] == b"XFSB":
             found = str(UUID(bytes=data[32:48]))
@@ -298,7 +305,7 @@ def other_superblock(disk: Disk, uuids: t.Container[str]) -> int | None:
             found = str(UUID(bytes=data[104:120]))
         elif data[64:72] == b"_BHRfS_M":
             found = "btrfs"
-        if found and found not in uuids:
+        if found and found != uuid:
             return start
     return None
 

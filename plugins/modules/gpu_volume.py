@@ -133,7 +133,7 @@ notes:
   - Before a disk is formatted, a marker is written into its last MiB, which the new file system leaves free until it
     grows. The marker holds the UUID that the file system gets, and is erased when it is whole. A run that finds the
     marker of one that was killed finishes or repeats the formatting. It never repeats it once there is a file system
-    that was mounted, or that has another UUID, or a copy of a superblock that has.
+    that was mounted, or that has another UUID, or a copy of a superblock that has, or anything in the first 1024 bytes.
   - A run waits at most 120 seconds for another on the same host.
 requirements:
   - util-linux
@@ -219,14 +219,17 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.common.text.formatters import human_to_bytes
 from ansible_collections.lab.audio.plugins.module_utils import _fstab
 from ansible_collections.lab.audio.plugins.module_utils._block import (
+    HEAD_FREE,
     MIB,
+    SAMPLE,
     SYSTEM_MOUNTS,
     Disk,
     execute,
     find_disk,
     first_byte,
     mounts,
-    other_superblock,
+    not_of_mkfs,
+    places,
     read_signatures,
     refuse_in_use,
     refuse_partitions,
@@ -272,12 +275,13 @@ def read_marker(disk: Disk) -> str:
     return identity if found and data == marker(disk, identity) else ""
 
 
-def write_marker(disk: Disk, data: bytes) -> None:
+def write(disk: Disk, data: bytes, *starts: int) -> None:
     """Written only where nobody else has the disk, and on it when this returns."""
     file = os.open(disk.node, os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC)
     try:
-        if os.pwrite(file, data, marker_place(disk)) != len(data):
-            raise Refused(f"{disk.node}: a short write")
+        for start in starts:
+            if os.pwrite(file, data, start) != len(data):
+                raise Refused(f"{disk.node}: a short write")
         os.fsync(file)
     finally:
         os.close(file)
@@ -302,14 +306,14 @@ def inspect(disk: Disk, fstype: str, wipe: str | None, mounted: bool, entered: s
     if marked and found.kinds == {fstype} and found.uuid == marked:
         return inspect_marked(disk, fstype, marked)
     if not found.kinds:
-        place = other_superblock(disk, {marked, wipe}) if marked else first_byte(disk)
+        place = not_of_mkfs(disk, marked) if marked else first_byte(disk)
         if place is None:
             return Content("", marked=marked)
         if wipe == UNSIGNED:
             return destroy_unnamed(disk, wipe, entered)
-        seen = f"at byte {place} is the superblock of one" if marked else f"byte {place} is not zero"
+        seen = "not of the formatting that was killed" if marked else "not zero"
         raise Refused(
-            f"{disk.node} has no signature, but {seen}: perhaps a damaged file system. If its data"
+            f"{disk.node} has no signature, but byte {place} is {seen}: perhaps a damaged file system. If its data"
             f" may be destroyed, say wipe: {UNSIGNED}"
         )
     if len(found.kinds) > 1:
@@ -362,8 +366,12 @@ def listed(kinds: t.Iterable[str]) -> str:
 def make_file_system(disk: Disk, params: Params, content: Content, lock: int) -> str:
     """Format a disk that may be. Killed at any moment, the next run knows by the marker that it was ours."""
     identity = content.marked or str(uuid.uuid4())
+    if content.destroys:
+        # Copies of a superblock, while the signature that `wipe` names is there: without it they are a stranger's.
+        write(disk, bytes(SAMPLE), *(start for start, length in places(disk.size) if length == SAMPLE))
     if not content.marked:
-        write_marker(disk, marker(disk, identity))
+        write(disk, marker(disk, identity), marker_place(disk))
+    write(disk, bytes(HEAD_FREE), 0)
     execute("wipefs", "--all", disk.node, seconds=LONG, keep=[lock])
     label = ["-L", params["label"]] if params["label"] else []
     blocks = marker_place(disk) // 4096
@@ -373,7 +381,7 @@ def make_file_system(disk: Disk, params: Params, content: Content, lock: int) ->
         size = f"size={blocks * 4096}"
         command = ["mkfs.xfs", "-q", "-K", "-m", f"uuid={identity}", "-d", size, *label, disk.node]
     execute(*command, seconds=LONG, keep=[lock])
-    write_marker(disk, bytes(MARKER))
+    write(disk, bytes(MARKER), marker_place(disk))
     return identity
 
 
@@ -505,7 +513,7 @@ def present(params: Params, changes: Changes, check: bool, lock: int) -> dict[st
     elif content.marked:
         changes.note(f"finish the formatting of {disk.node}", "formatting", "unfinished", "finished")
         if not check:
-            write_marker(disk, bytes(MARKER))
+            write(disk, bytes(MARKER), marker_place(disk))
 
     if not os.path.isdir(path):
         changes.note(f"make {path}", f"{path} below the mount", None, "directory")

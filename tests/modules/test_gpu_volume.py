@@ -536,9 +536,33 @@ def test_what_was_made_by_hand_after_a_killed_run_is_not_formatted(
     assert disk.get(SIZE - MIB, 4096).startswith(b"lab.audio.gpu_volume formats")
     disk.put(0, bytes(MIB))
     before = disk.sha256()
-    assert "is the superblock of one" in run(MODULE, **place.options(disk))["msg"]
+    assert "is not of the formatting that was killed" in run(MODULE, **place.options(disk))["msg"]
     assert disk.sha256() == before
     assert run(MODULE, **place.options(disk, wipe="unsigned-data"))["changed"]
+
+
+def test_data_without_a_file_system_after_a_killed_run_are_kept(predicted: Run, disk: Loop, place: Place) -> None:
+    killed_as_it_formats(disk, place, "true")
+    disk.put(0, b"models/gemma/config.json")  # as tar does
+    before = disk.sha256()
+    assert "byte 0 is not of the formatting" in predicted(MODULE, **place.options(disk))["msg"]
+    assert disk.sha256() == before
+
+
+@pytest.mark.parametrize(("fstype", "other"), [("ext4", "xfs"), ("xfs", "ext4"), ("ext4", "btrfs"), ("xfs", "LVM")])
+@pytest.mark.parametrize("program", ["wipefs", "mkfs"])
+def test_killed_as_it_wiped_what_it_may(
+    predicted: Run, disk: Loop, place: Place, fstype: str, other: str, program: str
+) -> None:
+    """Copies of a superblock, and what else was at the beginning, are not taken for what came after the run."""
+    REFUSED[other][0](disk) if other in REFUSED else do(f"mkfs.{other}", "-q", disk.node)
+    options = place.options(disk, fstype=fstype, wipe={"LVM": "LVM2_member"}.get(other, other))
+    if program == "wipefs":
+        body = 'case "$*" in *--all*) kill -9 $PPID; exit; esac; exec /usr/sbin/wipefs "$@"'
+        killed_in("wipefs", place, body, options)
+    else:
+        killed_in(f"mkfs.{fstype}", place, "kill -9 $PPID", options)
+    assert f"format {disk.node} as {fstype}" in predicted(MODULE, **options)["plan"]
 
 
 def test_a_disk_that_is_gone(run: Run, place: Place, tmp_path: Path) -> None:

@@ -105,12 +105,12 @@ EXAMPLES = r"""
 RETURN = r"""
 bucket:
   description: Name of the bucket.
-  returned: always
+  returned: on success
   type: str
   sample: audio-pipeline
 key:
   description: Key of the object.
-  returned: always
+  returned: on success
   type: str
   sample: archives/20250622-143052-a1b2c3.tar
 size:
@@ -172,15 +172,16 @@ def main() -> None:
         supports_check_mode=True,
     )
     act = {"present": present, "fetched": fetched, "absent": absent}[module.params["state"]]
+    changes = Changes()
     try:
         key = key_of(module.params["key"], module.params["batch_id"])
         store = _s3.open_store(module)
-        changes = Changes()
         result = act(store, key, module.params, changes, module.check_mode)
     except (Refused, _s3.StoreError) as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=str(error), **changes.result())
     except OSError as error:
-        module.fail_json(msg=f"{error.filename or module.params['src'] or module.params['dest']}: {error.strerror}")
+        what = error.filename or module.params["src"] or module.params["dest"]
+        module.fail_json(msg=f"{what}: {error.strerror}", **changes.result())
     module.exit_json(bucket=store.bucket, key=key, **result, **changes.result())
 
 

@@ -81,11 +81,11 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         files = {}
         check_paths([str(one["path"]) for one in said["files"]], where)
         for one in said["files"]:
-            size, sha256, mark = one["size"], one["sha256"], one.get("mark")
+            path, size, sha256, mark = one["path"], one["size"], one["sha256"], one.get("mark")
             number = isinstance(size, int) and not isinstance(size, bool) and size >= 0
-            if not number or not SHA256.fullmatch(sha256) or one["path"] == MANIFEST:
-                raise ValueError(f"file {one['path']}")
-            files[one["path"]] = File(size, sha256, mark if isinstance(mark, str) else None)
+            if not isinstance(path, str) or not number or not SHA256.fullmatch(sha256) or path == MANIFEST:
+                raise ValueError(f"file {path}")
+            files[path] = File(size, sha256, mark if isinstance(mark, str) else None)
         return Manifest(check_revision(said["revision"], where), files, data)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Refused(

@@ -404,6 +404,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "deep": (b"[" * 100_000, "is not a manifest"),
     "size": (b'{"revision": "r", "files": [{"path": "a", "size": -1, "sha256": "' + b"0" * 64 + b'"}]}', "file a"),
     "hash": (b'{"revision": "r", "files": [{"path": "a", "size": 1, "sha256": "x"}]}', "file a"),
+    "path": (manifest("r", {"a": b""})[:-2] + b', {"path": 5, "size": 0, "sha256": "' + b"0" * 64 + b'"}]}', "file 5"),
     "no files": (b'{"revision": "r", "files": []}', "there are no files"),
     "revision": (manifest("../r", {"a": b""}), "is not a name such as"),
     "reserved": (manifest("r.partial", {"a": b""}), "is not a name such as"),

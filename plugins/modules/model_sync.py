@@ -42,8 +42,9 @@ options:
     description:
       - V(present) - O(dest) is a link to the release of the source's revision, or of O(revision).
       - V(rolled_back) - O(dest) is a link to the release before the present one. To stay there, set O(revision) to it
-        in later runs with O(state=present).
-      - V(absent) - the link and all its releases are gone.
+        in later runs with O(state=present). O(owner), O(group) and O(mode) are not applied to it.
+      - V(absent) - the link and all its releases are gone. Refused as long as a directory is there that was found at
+        O(dest), since this module did not make it.
     type: str
     choices: [present, rolled_back, absent]
     default: present
@@ -61,7 +62,8 @@ options:
       - Where the model is to be found. Its directory must exist.
       - A directory that is here already is compared with the source, so that only what differs is copied. Then the link
         takes its place in one step. If it has anything that the release has not, it is kept as release
-        C(found-{digits}). O(state=rolled_back) goes back to that, unverified, but O(revision) cannot name it.
+        C(found-{digits}) until somebody removes it by hand. O(state=rolled_back) goes back to that, unverified, but
+        O(revision) cannot name it.
     type: path
     required: true
   revision:
@@ -72,7 +74,9 @@ options:
         sizes and times (or ETags) of the source's files.
     type: str
   keep:
-    description: How many releases to keep. The present and the previous one always stay.
+    description:
+      - How many releases to keep. The present and the previous one always stay.
+      - A directory that was found at O(dest) always stays too, and does not count.
     type: int
     default: 2
   verify:
@@ -224,6 +228,7 @@ from ansible_collections.lab.audio.plugins.module_utils._tree import (
 
 PATIENCE = 20  # seconds; a program that a killed run started ends sooner
 BLOCK = 4096
+FOUND = "found-"  # begins the name of a release that was a directory at `dest`
 Params = dict[str, t.Any]
 
 
@@ -269,6 +274,8 @@ def look(dest: str) -> Home:
     elif os.path.ismount(dest):
         raise Refused(f"{dest} is a mount point: let dest be a directory below it")
     elif os.path.isdir(dest):
+        if directory:
+            raise Refused(f"{dest} is a directory, and {aside} is one that was found there before: move one away")
         directory = dest
     elif os.path.lexists(dest):
         raise Refused(f"{dest} is neither a directory nor a link: move it away")
@@ -303,7 +310,7 @@ def releases(home: Home) -> list[str]:
 def is_release(name: str) -> bool:
     if not _tree.REVISION.fullmatch(name):
         return False
-    return name.startswith("found-") or not _tree.RESERVED.fullmatch(name)
+    return name.startswith(FOUND) or not _tree.RESERVED.fullmatch(name)
 
 
 def previous_of(home: Home) -> str | None:
@@ -428,9 +435,8 @@ def nothing_of_its_own(directory: str, wanted: Manifest, hashes: Hashes) -> bool
 
 
 def found_name(directory: str) -> str:
-    """The release that a directory becomes."""
-    listed = {e.path: File(e.status.st_size, mark=str(e.status.st_mtime_ns)) for e in _tree.walk(directory)}
-    return f"found-{_tree.digest(listed)}"
+    """The release that a directory becomes: no other, whatever is written into it."""
+    return f"{FOUND}{os.stat(directory).st_ino}"
 
 
 def present(module: AnsibleModule, home: Home, access: Access, changes: Changes) -> dict[str, t.Any]:
@@ -463,7 +469,7 @@ def present(module: AnsibleModule, home: Home, access: Access, changes: Changes)
     keeps = home.directory and not nothing_of_its_own(home.directory, wanted, hashes)
     aside = found_name(home.directory) if home.directory and keeps else None
     previous = previous_of(home)
-    if aside and home.directory == home.dest:
+    if aside and home.present in (None, wanted.revision):
         previous = aside
     elif home.present in here and home.present != wanted.revision:
         previous = home.present
@@ -501,10 +507,10 @@ def present(module: AnsibleModule, home: Home, access: Access, changes: Changes)
         what = f"keep it as release {aside}" if aside else "remove it, as the release has all its files"
         changes.note(f"there is a directory at {home.dest}: {what}", "directory", home.dest, aside)
     order = list(dict.fromkeys([*([] if whole else [wanted.revision]), *here, *filter(None, [aside])]))
-    stay = {wanted.revision, previous, *order[: params["keep"]]}
-    for old in order:
-        if old not in stay:
-            changes.note(f"remove release {old}", home.release(old), "release", None)
+    copied_here = [old for old in order if not old.startswith(FOUND)]
+    gone = [old for old in copied_here[params["keep"] :] if old not in (wanted.revision, previous)]
+    for old in gone:
+        changes.note(f"remove release {old}", home.release(old), "release", None)
 
     if not check and changes.plan:
         held = held if held is not None else make_home(home)
@@ -520,8 +526,15 @@ def present(module: AnsibleModule, home: Home, access: Access, changes: Changes)
         if home.present != wanted.revision:
             put_link(home, wanted.revision)
         if home.directory:
+            # Somebody may have written into it while files were copied.
+            if aside is None and not nothing_of_its_own(home.aside, wanted, hashes):
+                aside = previous = found_name(home.aside)
+                kept = f"{home.dest} was written to meanwhile: keep what was there as release {aside}"
+                changes.note(kept, "directory", home.dest, aside)
+                set_previous(home, aside)
+                order.append(aside)
             settle(home, aside)
-        for path in [*plan.left, *(home.release(old) for old in order if old not in stay)]:
+        for path in [*plan.left, *map(home.release, gone)]:
             if os.path.lexists(path):
                 remove(home, path)
     if not check and os.path.isdir(home.path):
@@ -532,7 +545,7 @@ def present(module: AnsibleModule, home: Home, access: Access, changes: Changes)
         "files": len(plan.missing),
         "bytes": plan.bytes(),
         "path": release,
-        "releases": [one for one in order if one in stay],
+        "releases": [one for one in order if one not in gone],
     }
 
 
@@ -661,10 +674,10 @@ def put_link(home: Home, revision: str) -> None:
 
 def settle(home: Home, name: str | None) -> None:
     """Keep the directory that the link has taken the place of as a release, or remove it."""
-    if name is None or os.path.lexists(home.release(name)):
+    if name is None:
         remove(home, home.aside)
-        return
-    os.rename(home.aside, home.release(name))
+    else:
+        os.rename(home.aside, home.release(name))
 
 
 def remove(home: Home, path: str) -> None:
@@ -686,7 +699,7 @@ def rolled_back(module: AnsibleModule, home: Home, access: Access, changes: Chan
         raise Refused(f"{home.dest} has no previous release to go back to")
     if home.present != previous:
         hashes = Hashes(home.path)
-        if not previous.startswith("found-"):  # nobody knows what that should be
+        if not previous.startswith(FOUND):  # nobody knows what that should be
             manifest = read_release(home, previous)
             found = [f"{home.release(previous)}/{MANIFEST} is no manifest of it"]
             if manifest:
@@ -709,8 +722,10 @@ def rolled_back(module: AnsibleModule, home: Home, access: Access, changes: Chan
 def absent(module: AnsibleModule, home: Home, access: Access, changes: Changes) -> dict[str, t.Any]:
     lock(home.path)
     home = look(home.dest)
-    if home.directory == home.dest:
-        raise Refused(f"{home.dest} is a directory, which this module did not make: remove it by hand")
+    found = [home.release(one) for one in releases(home) if one.startswith(FOUND)]
+    if home.directory or found:
+        others = ", ".join(filter(None, [home.directory, *found]))
+        raise Refused(f"this module did not make {others}: move it away, or remove it by hand")
     if home.present is not None:
         changes.note(f"remove the link {home.dest}", home.dest, home.target(home.present), None)
         if not module.check_mode:

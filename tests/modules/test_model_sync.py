@@ -325,8 +325,69 @@ def test_a_directory_with_something_of_its_own_is_kept(predicted: Run, run: Run,
     predicted(MODULE, **local.options, dest=dest)
     for number in (2, 3):
         local.publish({**ONE, "n": b"%d" % number}, f"r{number}")
-        predicted(MODULE, **local.options, dest=dest)
-    assert inventory(dest) == ["r2", "r3"]
+        kept = predicted(MODULE, **local.options, dest=dest, keep=1)
+    assert inventory(dest) == [name, "r2", "r3"] and set(kept["releases"]) == {name, "r2", "r3"}
+    said = predicted(MODULE, state="absent", dest=dest)
+    assert f"did not make {dest.parent}/.releases/gemma/{name}:" in said["msg"] and "by hand" in said["msg"]
+    assert inventory(dest) == [name, "r2", "r3"]
+    shutil.rmtree(dest.parent / ".releases/gemma" / name)
+    assert predicted(MODULE, state="absent", dest=dest)["changed"] and list(dest.parent.iterdir()) == []
+
+
+def test_what_is_found_does_not_count(predicted: Run, local: Source, dest: Path) -> None:
+    local.publish(ONE, "r1")
+    predicted(MODULE, **local.options, dest=dest)
+    local.publish(TWO, "r2")
+    predicted(MODULE, **local.options, dest=dest)
+    dest.unlink()
+    dest.mkdir()
+    (dest / "notes").write_text("mine")
+    adopted = predicted(MODULE, **local.options, dest=dest)
+    assert adopted["releases"][:2] == ["r2", "r1"] and adopted["releases"][2].startswith("found-")
+
+
+def test_what_is_written_into_the_directory_meanwhile_is_kept(
+    predicted: Run, run: Run, local: Source, dest: Path, tmp_path: Path
+) -> None:
+    local.publish(ONE, "r1")
+    shutil.copytree(local.root, dest)
+    (dest / "cope-a/Zürich.bin").unlink()
+    found = {**content(dest), "notes": b"mine\n"}
+    env = shim(tmp_path / "bin", after=f"echo mine >{dest}/notes")
+    adopted = run(MODULE, env=env, **local.options, dest=dest)
+    name = adopted["previous_revision"]
+    assert set(adopted["releases"]) == {name, "r1"} and "written to meanwhile: keep" in adopted["plan"][-1]
+    assert content(dest) == ONE and content(dest.parent / ".releases/gemma" / name) == found
+    predicted_unchanged(predicted, **local.options, dest=dest)
+    assert predicted(MODULE, state="rolled_back", dest=dest)["revision"] == name and content(dest) == found
+
+
+def test_what_is_found_twice_is_kept_twice(predicted: Run, run: Run, local: Source, dest: Path) -> None:
+    local.publish(ONE, "r1")
+    for text in ("mine", "MINE"):
+        dest.mkdir()
+        (dest / "notes").write_text(text)
+        os.utime(dest / "notes", (1, 1))
+        run(MODULE, **local.options, dest=dest)
+        dest.unlink()
+    found = {path.read_text() for path in (dest.parent / ".releases/gemma").glob("found-*/notes")}
+    assert found == {"mine", "MINE"}
+
+
+def test_a_directory_that_a_killed_run_found(predicted: Run, local: Source, dest: Path) -> None:
+    local.publish(ONE, "r1")
+    predicted(MODULE, **local.options, dest=dest)
+    aside = dest.parent / ".releases/gemma/.link"
+    aside.mkdir()
+    (aside / "notes").write_text("mine")
+    assert f"did not make {aside}:" in predicted(MODULE, state="absent", dest=dest)["msg"]
+    dest.unlink()
+    dest.mkdir()
+    assert f"{aside} is one that was found" in predicted(MODULE, **local.options, dest=dest)["msg"]
+    assert (aside / "notes").read_text() == "mine"
+    dest.rmdir()
+    name = predicted(MODULE, **local.options, dest=dest)["previous_revision"]
+    assert content(dest) == ONE and content(dest.parent / ".releases/gemma" / name) == {"notes": b"mine"}
 
 
 def test_a_directory_without_a_manifest_is_compared_by_time(predicted: Run, local: Source, dest: Path) -> None:
@@ -693,6 +754,8 @@ def test_killed_at_any_moment_no_half_model_is_seen(
             shutil.copytree(dest.resolve(), own)
             if dice.random() < 0.5:
                 (own / "notes").write_text("mine")
+            for found in (dest.parent / ".releases/gemma").glob("found-*"):
+                shutil.rmtree(found)
             run(MODULE, state="absent", dest=dest)
             own.rename(dest)
         state = "rolled_back" if number % 7 == 6 else "present"

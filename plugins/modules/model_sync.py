@@ -120,7 +120,7 @@ notes:
   - Symbolic links and special files at the source are refused, and so are names that are absolute, have C(..) or
     control characters in them.
   - A file whose SHA-256 is wrong is moved to C(.releases/{name}/quarantine-{revision}), and O(dest) stays as it was. It
-    is removed by the next run that ends well.
+    is removed by the next run that ends well or needs its room.
   - A link takes the place of a directory by C(renameat2), which ext4, XFS, Btrfs and tmpfs can do. Where it cannot be
     done, the directory has to be moved away first.
   - A program that opens many files by way of O(dest) can meet a swap in between. It should resolve the link once.
@@ -207,6 +207,7 @@ plan:
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import typing as t
 from collections import defaultdict
@@ -489,7 +490,7 @@ def present(module: AnsibleModule, home: Home, access: Access, changes: Changes)
             None,
             {"files": len(wanted.files), "bytes": sum(file.size for file in wanted.files.values())},
         )
-        check_room(home, plan)
+        check_room(home, plan, here)
     wrong_access = [entry for entry in _tree.all_of(release) if access.differs(entry)] if whole else []
     if wrong_access:
         changes.note(
@@ -549,18 +550,18 @@ def present(module: AnsibleModule, home: Home, access: Access, changes: Changes)
     }
 
 
-def check_room(home: Home, plan: Plan) -> None:
+def check_room(home: Home, plan: Plan, here: list[str]) -> None:
     """Raise Refused if what is to be copied does not fit. What is removed before counts as free."""
-    there = os.statvfs(os.path.dirname(home.dest))
-    free = there.f_bavail * there.f_frsize
-    gone = [path for path in plan.left if not os.path.basename(path).startswith("quarantine-")]
-    gone += [entry.full for entry in _tree.walk(plan.partial) if entry.path not in plan.kept]
+    free = shutil.disk_usage(os.path.dirname(home.dest)).free
+    gone = plan.left + [entry.full for entry in _tree.walk(plan.partial) if entry.path not in plan.kept]
     gone += [home.spare] if os.path.isdir(home.spare) else []
     free += sum(map(_tree.occupied, gone))
     if plan.missing and plan.room() > free:
+        others = [home.release(one) for one in here if one not in (home.present, plan.wanted.revision)]
         raise Refused(
             f"{os.path.dirname(home.dest)} has {free} bytes free, and {plan.room()} are needed for {len(plan.missing)}"
-            f" files of revision {plan.wanted.revision}: make room, for example with a smaller keep"
+            f" files of revision {plan.wanted.revision}: make room"
+            + (f"; {home.dest} can do without {', '.join(others)}" if others else "")
         )
 
 
@@ -592,9 +593,9 @@ def copy(home: Home, plan: Plan, source: Source, verify: str, access: Access, ha
                 os.rmdir(entry.full)
         else:
             os.unlink(entry.full)
-    there = os.statvfs(home.path)
-    if os.path.isdir(home.spare) and plan.room() > there.f_bavail * there.f_frsize:
-        _tree.discard(home.spare)
+    for path in [home.spare, *plan.left]:  # quarantines alone are left of these
+        if os.path.isdir(path) and plan.room() > shutil.disk_usage(home.path).free:
+            _tree.discard(path)
     for path, full in plan.links.items():
         target = os.path.join(partial, path)
         os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)

@@ -617,6 +617,28 @@ def test_room_is_looked_for_first(predicted: Run, run: Run, source: Source, smal
     assert predicted(MODULE, **source.options, dest=small / "gemma", keep=1)["bytes"] == MIB
 
 
+def test_a_quarantine_does_not_take_the_room_of_what_is_right(run: Run, local: Source, small: Path) -> None:
+    local.publish({"a": b"a" * 3 * MIB}, "r1")
+    local.put("a", b"y" * 3 * MIB)
+    for _time in range(2):
+        assert "a has the SHA-256" in run(MODULE, **local.options, dest=small / "gemma")["msg"]
+    assert inventory(small / "gemma").count("quarantine-r1") == 1
+    local.publish({"a": b"a" * 3 * MIB}, "r2")
+    assert run(MODULE, **local.options, dest=small / "gemma")["changed"] and inventory(small / "gemma") == ["r2"]
+
+
+def test_what_may_go_is_named_where_there_is_no_room(predicted: Run, local: Source, small: Path) -> None:
+    for number in (1, 2):
+        local.publish({"a": b"%d" % number * MIB}, f"r{number}")
+        predicted(MODULE, **local.options, dest=small / "gemma")
+    local.publish({"a": b"3" * (2 * MIB + MIB // 2)}, "r3")
+    said = predicted(MODULE, **local.options, dest=small / "gemma", keep=1)
+    old = small / ".releases/gemma/r1"
+    assert said["msg"].endswith(f"make room; {small}/gemma can do without {old}")
+    shutil.rmtree(old)
+    assert predicted(MODULE, **local.options, dest=small / "gemma", keep=1)["changed"]
+
+
 def shim(directory: Path, before: str = "", after: str = "") -> dict[str, str]:
     """An environment with an rsync that runs a line of shell before or after it copies."""
     directory.mkdir()

@@ -15,7 +15,8 @@ description:
     replaced in one step when a release is whole and verified, so whoever opens O(dest) never finds half a model.
   - Releases lie beside the link. O(dest) V(/data/models/gemma) points to C(.releases/gemma/{revision}). Files that a
     release here has already, told by size and SHA-256, are hard-linked and take no room twice.
-  - A copy that was cut short is taken up again where it stopped, and what a killed run left is removed by the next.
+  - After a copy that was cut short, files that are whole are not copied again, and what a killed run left is removed by
+    the next.
 extends_documentation_fragment:
   - lab.audio._attributes
   - lab.audio._attributes.action_group
@@ -88,10 +89,14 @@ options:
     choices: [full, size]
     default: full
   owner:
-    description: Owner of the release, by name or number. The user that runs the module if not given.
+    description:
+      - Owner of the release, by name or number. If not given, it is left as it is, and what is copied belongs to the
+        user that runs the module.
     type: str
   group:
-    description: Group of the release, by name or number. That of the user that runs the module if not given.
+    description:
+      - Group of the release, by name or number. If not given, it is left as it is, and what is copied belongs to the
+        group of the user that runs the module.
     type: str
   mode:
     description: Mode of directories of the release, in octal. Files have the same without the right to execute.
@@ -190,7 +195,7 @@ path:
   sample: /data/models/.releases/gemma/2026-06
 releases:
   description: Releases that are kept, the newest first.
-  returned: always
+  returned: on success
   type: list
   elements: str
   sample: ["2026-06", "2026-05"]
@@ -779,10 +784,10 @@ def main() -> None:
         home = look(os.path.normpath(params["dest"]))
         result = act(module, home, access, changes)
     except (Refused, _s3.StoreError) as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=str(error), **changes.result())
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        module.fail_json(msg=f"{error.strerror or error}{where}")
+        module.fail_json(msg=f"{error.strerror or error}{where}", **changes.result())
     module.exit_json(**result, **changes.result())
 
 

@@ -277,7 +277,7 @@ def test_a_wrong_hash_is_moved_away_and_named(run: Run, source: Source, dest: Pa
     source.put("base/weights-2.safetensors", b"y" * 400_000)
     said = run(MODULE, **source.options, dest=dest)
     assert "base/weights-2.safetensors has the SHA-256" in said["msg"] and "is as it was" in said["msg"]
-    assert content(dest) == ONE
+    assert content(dest) == ONE and "copy 2 files" in said["plan"][0]
     (partial,) = (name for name in inventory(dest) if name.endswith(".partial"))
     assert set(inventory(dest)) == {"quarantine-r2", "r1", partial, ".spare"} - ({".spare"} - set(inventory(dest)))
     home = dest.parent / ".releases" / "gemma"
@@ -662,7 +662,8 @@ def test_a_disk_that_fills_up_meanwhile(run: Run, remote: Source, small: Path, t
 def test_a_disk_that_cannot_be_written(run: Run, local: Source, small: Path) -> None:
     local.publish(ONE, "r1")
     subprocess.run(["mount", "-o", "remount,ro", small], check=True)
-    assert "Read-only file system" in run(MODULE, **local.options, dest=small / "gemma")["msg"]
+    said = run(MODULE, **local.options, dest=small / "gemma")
+    assert "Read-only file system" in said["msg"] and said["plan"]
 
 
 def test_two_runs_at_once(run: Run, local: Source, dest: Path) -> None:

@@ -571,6 +571,7 @@ def test_a_disk_that_is_gone(run: Run, place: Place, tmp_path: Path) -> None:
     assert run(MODULE, check=True, **options)["failed"]
 
 
+@pytest.mark.timeout(300 + 15 * KILLS)
 @pytest.mark.parametrize("fstype", ["ext4", "xfs"])
 def test_killed_at_any_moment_the_next_run_ends_well(run: Run, place: Place, tmp_path: Path, fstype: str) -> None:
     seed = random.SystemRandom().randrange(10**6)

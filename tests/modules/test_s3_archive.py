@@ -231,6 +231,7 @@ def test_memory_does_not_follow_the_size_of_a_file(bucket: Bucket, tmp_path: Pat
         assert maximum * 1024 < 150_000_000
 
 
+@pytest.mark.timeout(300 + 15 * KILLS)
 def test_killed_at_any_moment_the_next_run_ends_well(run: Run, bucket: Bucket, tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(10**6)
     print("seed", seed)

@@ -44,6 +44,7 @@ TRIES = 4
 BOTO3 = [1, 36]
 SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
 SHA256 = re.compile(r"[0-9a-f]{64}")
+OTHERS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # where others may have put something
 
 ARGUMENTS: dict[str, t.Any] = {
     "endpoint_url": {"type": "str", "fallback": (env_fallback, ["S3_ENDPOINT"])},
@@ -383,9 +384,9 @@ def upload(store: Store, key: str, stream: t.Iterable[bytes], wanted: Digest, in
     else:
         upload_parts(store, key, parts, wanted, metadata, instead_of)
     there = head(store, key)
-    if there is not None and there.sha256 != wanted.sha256:
-        raise StoreError(f"{store.place(key)}: another run has stored something else there meanwhile; it is left there")
     if there is None or (there.etag, there.size) != (wanted.etag, wanted.size):
+        if there is not None and there.sha256 != wanted.sha256:
+            raise StoreError(f"{store.place(key)}: another run has stored something else there meanwhile; it is left")
         delete(store, key)
         raise StoreError(
             f"{store.place(key)}: the store has {there or 'nothing'}, sent were {wanted.size} bytes with ETag"
@@ -394,7 +395,10 @@ def upload(store: Store, key: str, stream: t.Iterable[bytes], wanted: Digest, in
 
 
 def remove_parts(store: Store, key: str, there: Head | None) -> None:
-    """Delete an object that was stored in parts: Swift would keep the parts of what is overwritten for ever."""
+    """Delete an object that was stored in parts: Swift would keep the parts of what is overwritten for ever.
+
+    It is missing until the call after this one.
+    """
     if there is not None and "-" in there.etag:
         delete(store, key)
 
@@ -489,16 +493,20 @@ def download(store: Store, key: str, found: Head, path: str) -> str:
 @contextlib.contextmanager
 def alone(path: str) -> t.Iterator[t.BinaryIO]:
     """A new file to write to, which no other run writes to; what a killed run left there is dropped."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            here = os.fstat(file.fileno())
-            if here.st_uid != os.geteuid():
-                raise StoreError(f"{path} is somebody else's file: remove it first")
-            ours = os.path.lexists(path) and os.path.samestat(here, os.lstat(path))
-        except BlockingIOError:
-            ours = False
-        if not ours:
-            raise StoreError(f"{path} is being written by another run: try again when it has ended")
-        file.truncate()
+    with contextlib.suppress(FileNotFoundError), open(os.open(path, os.O_RDONLY | OTHERS), "rb") as left:
+        lock(left, path)
+        os.unlink(path)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OTHERS, 0o600), "wb") as file:
+        lock(file, path)
         yield file
+
+
+def lock(file: t.IO[bytes], path: str) -> None:
+    """Raises StoreError if another run has the file, or has put its own in its place."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
+            return
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    raise StoreError(f"{path} is being written by another run: try again when it has ended")

@@ -450,7 +450,8 @@ def wait(module: AnsibleModule, ledger: Ledger, lists: Lists | None) -> float:
             there, seen = is_complete(ledger, batch_id)
         else:
             there, seen = is_idle(ledger, lists)
-            there = there and is_idle(ledger, lists)[0]  # a job may have moved as the lists were looked at
+            if there:  # a job may have moved as the lists were looked at
+                there, seen = is_idle(ledger, lists)
         waited = time.monotonic() - began
         if there:
             return round(waited, 1)

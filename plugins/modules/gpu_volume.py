@@ -200,7 +200,7 @@ mount_point:
   type: str
   sample: /data
 plan:
-  description: What was done, or in check mode would be.
+  description: What was done; in check mode, or after a failure, what was to be done.
   returned: always
   type: list
   elements: str

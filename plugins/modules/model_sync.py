@@ -200,7 +200,7 @@ releases:
   elements: str
   sample: ["2026-06", "2026-05"]
 plan:
-  description: What was done, or in check mode would be.
+  description: What was done; in check mode, or after a failure, what was to be done.
   returned: always
   type: list
   elements: str
@@ -440,9 +440,12 @@ def nothing_of_its_own(directory: str, wanted: Manifest, hashes: Hashes) -> bool
     return True
 
 
-def found_name(directory: str) -> str:
+def found_name(home: Home, directory: str) -> str:
     """The release that a directory becomes: no other, whatever is written into it."""
-    return f"{FOUND}{os.stat(directory).st_ino}"
+    name = f"{FOUND}{os.stat(directory).st_ino}"
+    while os.path.lexists(home.release(name)):  # of releases that came here from another disk
+        name += "-2"
+    return name
 
 
 def present(module: AnsibleModule, home: Home, access: Access, changes: Changes) -> dict[str, t.Any]:
@@ -473,7 +476,7 @@ def present(module: AnsibleModule, home: Home, access: Access, changes: Changes)
     whole = wanted.revision in here and read_release(home, wanted.revision) is not None and not found
     plan = make_plan(home, wanted, whole, hashes)
     keeps = home.directory and not nothing_of_its_own(home.directory, wanted, hashes)
-    aside = found_name(home.directory) if home.directory and keeps else None
+    aside = found_name(home, home.directory) if home.directory and keeps else None
     previous = previous_of(home)
     if aside and home.present in (None, wanted.revision):
         previous = aside
@@ -534,7 +537,7 @@ def present(module: AnsibleModule, home: Home, access: Access, changes: Changes)
         if home.directory:
             # Somebody may have written into it while files were copied.
             if aside is None and not nothing_of_its_own(home.aside, wanted, hashes):
-                aside = previous = found_name(home.aside)
+                aside = previous = found_name(home, home.aside)
                 kept = f"{home.dest} was written to meanwhile: keep what was there as release {aside}"
                 changes.note(kept, "directory", home.dest, aside)
                 set_previous(home, aside)

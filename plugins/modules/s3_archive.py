@@ -62,7 +62,8 @@ options:
     type: path
 notes:
   - What is below C(archives/) is never replaced by other content, since recordings may have been read from it already.
-    Objects elsewhere are, once all of the new content is in the store.
+    Objects elsewhere are, by the last request of the new content. One that was stored in parts is deleted just before
+    that, as Swift would keep its parts, so a failure then leaves nothing under the key until the next run.
   - An archive that is stored here is not yet queued; C(lab-audio reconcile) does that, or an C(RPUSH) on C(unpack).
   - O(state=absent) deletes an archive that may hold the only copy of recordings. C(lab-audio retention) deletes those
     that are not needed any more.
@@ -134,7 +135,7 @@ dest:
   type: str
   sample: /var/lib/lab-audio/looked-at/20250622-143052-a1b2c3.tar
 plan:
-  description: What was done, or in check mode would be.
+  description: What was done; in check mode, or after a failure, what was to be done.
   returned: always
   type: list
   elements: str

@@ -316,9 +316,12 @@ def test_a_directory_with_something_of_its_own_is_kept(predicted: Run, run: Run,
     (dest / "base/weights-2.safetensors").write_bytes(b"old")
     (dest / "link").symlink_to("notes")
     found = content(dest)
+    namesake = dest.parent / ".releases/gemma" / f"found-{dest.stat().st_ino}"  # as after a move from another disk
+    (namesake / "other").mkdir(parents=True)
     adopted = predicted(MODULE, **local.options, dest=dest)
-    (name,) = set(inventory(dest)) - {"r1"}
+    (name,) = set(inventory(dest)) - {"r1", namesake.name}
     assert name.startswith("found-") and adopted["previous_revision"] == name
+    shutil.rmtree(namesake)
     assert (adopted["files"], content(dest)) == (1, ONE) and content(dest.parent / ".releases/gemma" / name) == found
     back = predicted(MODULE, state="rolled_back", dest=dest)
     assert back["revision"] == name and content(dest) == found and (dest / "link").is_symlink()

@@ -25,6 +25,7 @@ options:
   credentials_directory:
     description:
       - Directory on the host with the files C(s3_access_key) and C(s3_secret_key). So no secret is needed in a task.
+      - What is given otherwise, or is in the environment, comes first.
       - Taken from E(CREDENTIALS_DIRECTORY) of the host if not given.
     type: path
   bucket:

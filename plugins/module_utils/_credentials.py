@@ -15,6 +15,8 @@ def credential(module: AnsibleModule, option: str, name: str) -> str | None:
     directory = module.params["credentials_directory"]
     if module.params[option] or not directory:
         return module.params[option]
+    if not os.path.isdir(directory):
+        module.fail_json(msg=f"credentials_directory: {directory} is not a directory")
     path = os.path.join(directory, name)
     try:
         with open(path, encoding="utf-8") as file:

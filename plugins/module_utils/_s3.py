@@ -191,7 +191,7 @@ ADVICE = {
     "InvalidAccessKeyId": "check access_key",
     "SignatureDoesNotMatch": "check secret_key",
     "RequestTimeTooSkewed": "set this host's clock right",
-    "NoSuchBucket": "create the bucket, or correct bucket",
+    "NoSuchBucket": "create the bucket, or correct its name",
     "AuthorizationHeaderMalformed": "check region",
     "EntityTooLarge": "see whether a quota of the store is used up",
 }
@@ -228,7 +228,7 @@ def check_bucket(store: Store, key: str = "") -> None:
         store.client.head_bucket(Bucket=store.bucket)
     except aws.ClientError as error:
         if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
-            raise StoreError(f"bucket {store.place()} does not exist: create it, or correct bucket") from error
+            raise StoreError(f"bucket {store.place()} does not exist: create it, or correct its name") from error
         raise
 
 

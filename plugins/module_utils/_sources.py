@@ -224,8 +224,21 @@ def open_source(module: AnsibleModule) -> Source:
     program = module.get_bin_path("rsync")
     if not program:
         raise Refused("rsync is not installed on this host: install the package rsync")
+    if not remote:
+        refuse_within(path, module.params["dest"])
     place = f"{src.rstrip('/')}/"
     return Rsync(src.rstrip("/"), place, program, ssh(module) if remote else "", module.tmpdir)
+
+
+def refuse_within(src: str, dest: str) -> None:
+    """Raise Refused unless a source on this host is a directory apart from `dest`, beside which releases are made."""
+    if os.path.exists(src) and not os.path.isdir(src):
+        raise Refused(f"src {src} is not a directory")
+    source = os.path.realpath(src)
+    folder, name = os.path.split(os.path.normpath(dest))
+    target = os.path.join(os.path.realpath(folder), name)
+    if os.path.commonpath([source, target]) in (source, target):
+        raise Refused(f"src {src} and dest {dest} lie within each other: bring it to a directory apart")
 
 
 def ssh(module: AnsibleModule) -> str:

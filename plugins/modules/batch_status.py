@@ -46,7 +46,8 @@ options:
   fail_on:
     description:
       - Fail if this is found. The result is returned all the same.
-      - V(stuck) - a batch is stuck by either rule.
+      - V(stuck) - a batch that the ledger knows is stuck by either rule. A job in Redis that it does not know is in
+        RV(lists) only, until an unpack worker takes it.
       - V(dead_letters) - a recording, batch or payload was set aside and nobody has dealt with it.
       - V(no_workers) - no host was seen in the last two minutes with its models ready and without a pause.
     type: list
@@ -384,6 +385,8 @@ def main() -> None:
     batch_id, fail_on = module.params["batch_id"], module.params["fail_on"]
     if batch_id is not None and not BATCH_ID.fullmatch(batch_id):
         module.fail_json(msg=f"batch_id {batch_id!r} is not YYYYMMDD-HHMMSS-xxxxxx")
+    if module.params["stuck_after"] < 1 or module.params["timeout"] < 0:
+        module.fail_json(msg="stuck_after is at least 1, timeout at least 0 seconds")
     database_url, redis_url = (credential(module, name, name) for name in ("database_url", "redis_url"))
     check_usable(module, database_url, redis_url)
     result: Row = {}

@@ -104,9 +104,11 @@ options:
     default: "0750"
   wipe:
     description:
-      - What to destroy, if the disk is not blank. The UUID or the type of the signature that is there, such as
-        V(LVM2_member), or V(unsigned-data) if there are data without a signature. Anything else is refused.
-      - A file system of O(fstype) is destroyed only by its UUID. A UUID may stay in the task, as nothing else has it.
+      - What to destroy, if the disk is neither blank nor has a file system of O(fstype). The UUID or the type of the
+        signature that is there, such as V(LVM2_member), or V(unsigned-data) if there are data without a signature.
+        Anything else is refused.
+      - A file system of O(fstype) is used as it is, whatever this says, unless it is its UUID. A UUID may stay in the
+        task, as nothing else has it.
       - What is no UUID is refused if O(fstab) has a line for O(path), as the disk may be the volume of an earlier run,
         damaged. Take it out of the task afterwards nevertheless. A host that is installed anew has no such line.
       - A disk that is in use, has partitions or several kinds of signatures is refused.

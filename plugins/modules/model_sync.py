@@ -42,8 +42,9 @@ options:
   state:
     description:
       - V(present) - O(dest) is a link to the release of the source's revision, or of O(revision).
-      - V(rolled_back) - O(dest) is a link to the release before the present one. To stay there, set O(revision) to it
-        in later runs with O(state=present). O(owner), O(group) and O(mode) are not applied to it.
+      - V(rolled_back) - O(dest) is a link to the release that was in use before the present one, and stays so if asked
+        again. To stay there, set O(revision) to it in later runs with O(state=present). O(owner), O(group) and O(mode)
+        are not applied to it.
       - V(absent) - the link and all its releases are gone. Refused as long as a directory is there that was found at
         O(dest), since this module did not make it.
     type: str

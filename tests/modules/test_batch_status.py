@@ -282,6 +282,11 @@ def test_what_is_wrong_is_said_in_one_line(run: Run, env: dict[str, str], said: 
     assert said in result["msg"] and "\n" not in result["msg"] and "sesame-opens" not in json.dumps(result)
 
 
+def test_times_that_cannot_be_are_refused(run: Run, lab: Lab) -> None:
+    for wrong in ({"stuck_after": 0}, {"timeout": -1}):
+        assert "at least" in run(MODULE, env=lab.env, **wrong)["msg"]
+
+
 def test_a_database_of_another_release(run: Run, lab: Lab) -> None:
     lab.sql("DROP FUNCTION stuck_batches")
     assert "run `lab-audio migrate`" in run(MODULE, env=lab.env)["msg"]

@@ -546,6 +546,16 @@ def test_what_is_wrong_is_said_with_what_to_do(
     assert list(dest.parent.iterdir()) == [] and not (tmp_path / "pwned").exists()
 
 
+def test_source_and_dest_lie_apart(predicted: Run, local: Source, dest: Path) -> None:
+    local.publish(ONE, "r1")
+    before = sorted(local.root.rglob("*"))
+    for src, to in ((local.root, local.root), (local.root, local.root / "in"), (local.root / "base", local.root)):
+        assert "lie within each other" in predicted(MODULE, src=src, dest=to)["msg"]
+    file = local.root / "base/weights-1.safetensors"
+    assert f"src {file} is not a directory" in predicted(MODULE, src=file, dest=dest)["msg"]
+    assert sorted(local.root.rglob("*")) == before
+
+
 def test_nothing_in_the_store(predicted: Run, bucket: Bucket, dest: Path) -> None:
     assert "has no objects" in predicted(MODULE, **bucket.options, dest=dest)["msg"]
     bucket.publish(ONE, "r1")

@@ -266,8 +266,9 @@ def test_killed_at_any_moment_the_next_run_ends_well(run: Run, bucket: Bucket, t
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "secret": ({"secret_key": "wrong-sesame"}, "check secret_key"),
     "access key": ({"access_key": "nobody"}, "check access_key"),
-    "bucket": ({"bucket": "no-such-bucket"}, "does not exist: create it, or correct bucket"),
+    "bucket": ({"bucket": "no-such-bucket"}, "does not exist: create it, or correct its name"),
     "port": ({"endpoint_url": "http://127.0.0.1:1"}, "is endpoint_url right"),
+    "no directory": ({"access_key": None, "credentials_directory": "/nonexistent"}, "/nonexistent is not a directory"),
     "no address": ({"endpoint_url": "http://[x"}, "endpoint_url must be a URL"),
     "no name": ({"endpoint_url": "http://a b"}, "endpoint_url or region cannot be used"),
     "region": ({"region": "a b"}, "endpoint_url or region cannot be used"),

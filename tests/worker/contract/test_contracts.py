@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -423,11 +422,6 @@ def test_every_command_explains_itself(command: str) -> None:
     assert helped.returncode == 0
     assert "Usage: lab-audio" in helped.stdout
     assert len([line for line in helped.stdout.splitlines() if line.strip()]) > 3
-
-
-def test_the_version_is_told() -> None:
-    said = run("--version")
-    assert (said.returncode, said.stdout) == (0, f"{metadata.version('lab-audio')}\n")
 
 
 def test_a_ledger_that_refuses_is_a_matter_of_configuration(env: dict[str, str]) -> None:

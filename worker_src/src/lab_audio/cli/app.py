@@ -51,6 +51,13 @@ def utf8(value: str | None) -> str | None:
     return value
 
 
+def duration(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
 def plain(value: object) -> str:
     """A stranger's text on one line of a terminal: control characters, and bytes that are no UTF-8, are written out."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import tenacity
 
-from lab_audio import metrics, notify
+from lab_audio import notify
 from lab_audio.errors import Fatal, LabAudioError, Retryable
 from lab_audio.log import get_logger
 
@@ -77,7 +77,6 @@ def patiently(stop: Stop, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs
         error = state.outcome and state.outcome.exception()
         store = error.store if isinstance(error, Retryable) else ""
         missed.add(store)
-        metrics.RETRIES.labels(store or "source").inc()
         notify.progress()
         if time.monotonic() - _complained.get(store, -float(COMPLAIN_SECONDS)) >= COMPLAIN_SECONDS:
             _complained[store] = time.monotonic()

@@ -18,9 +18,9 @@ from typing import BinaryIO, TypeVar, cast
 from redis import Redis
 from sqlalchemy import Connection, Engine, text
 
-from lab_audio import ledger, metrics, notify, queues, s3_utils, source
+from lab_audio import ledger, notify, queues, s3_utils, source
 from lab_audio.config import TransferSettings
-from lab_audio.contracts import UNPACK, SourceFile, item_of
+from lab_audio.contracts import UNPACK, SourceFile
 from lab_audio.errors import ConfigError, Fatal, NotFound, Permanent
 from lab_audio.jobs import new_unpack_job
 from lab_audio.ledger import Archive, Mint
@@ -136,7 +136,6 @@ def fits_header(file: SourceFile) -> bool:
 def finish_mint(transfer: Transfer, minted: Mint, stop: Stop) -> None:
     """Bring a minted batch's archive into the store, record it, and push its job."""
     log = get_logger().bind(batch_id=minted.batch_id)
-    began = time.monotonic()
     log.info("batch minted", files=len(minted.files), bytes=sum(file.size for file in minted.files))
     notify.status(f"transferring {minted.batch_id}: {len(minted.files)} files")
     path = transfer.tmp / f"{minted.batch_id}.tar"
@@ -167,12 +166,7 @@ def finish_mint(transfer: Transfer, minted: Mint, stop: Stop) -> None:
         log.error("batch failed", reason=reason)
     else:
         patiently(stop, queues.push, transfer.client, UNPACK, job)
-        metrics.RECORDINGS.labels("transferred").inc(archive.file_count or 0 if archive else 0)
-        for file in minted.files if not is_archive(minted) else ():
-            if file not in struck:
-                log.info("recording uploaded", item=item_of(file.path), member=file.path, bytes=file.size)
-        duration = round(time.monotonic() - began, 3)
-        log.info("batch uploaded", files=len(minted.files) - len(struck), duration=duration)
+        log.info("batch uploaded", files=len(minted.files) - len(struck))
 
 
 def stored_archive(transfer: Transfer, minted: Mint) -> tuple[Archive | None, dict[SourceFile, str]] | None:
@@ -232,20 +226,18 @@ def store_archive(transfer: Transfer, minted: Mint, path: Path) -> tuple[Archive
 
     Raises Retryable if a file changed while it was read: the next try leaves it out.
     """
-    with metrics.stage("build"):
-        built, struck = (copy_archive if is_archive(minted) else build_archive)(transfer, minted, path)
+    built, struck = (copy_archive if is_archive(minted) else build_archive)(transfer, minted, path)
     if built is None:
         return None, struck
-    with metrics.stage("upload"):
-        s3_utils.upload_archive(
-            path,
-            minted.batch_id,
-            bucket=transfer.bucket,
-            sha256=built.sha256,
-            file_count=built.file_count,
-            source=transfer.source.name,
-            source_file=minted.files[0] if is_archive(minted) else None,
-        )
+    s3_utils.upload_archive(
+        path,
+        minted.batch_id,
+        bucket=transfer.bucket,
+        sha256=built.sha256,
+        file_count=built.file_count,
+        source=transfer.source.name,
+        source_file=minted.files[0] if is_archive(minted) else None,
+    )
     return Archive(built.sha256, built.size, built.file_count), struck
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
-from lab_audio import ledger, metrics, notify, queues, s3_utils, scratch
+from lab_audio import ledger, notify, queues, s3_utils, scratch
 from lab_audio.config import UnpackSettings
 from lab_audio.contracts import item_of, opus_path
 from lab_audio.errors import Fatal, LabAudioError, NotFound, Permanent
@@ -133,8 +133,7 @@ def attempt(host: Host, batch_id: str, encoding: Encoding, stop: Stop) -> Refuse
         return taken
     notify.status(f"unpacking {batch_id}")
     try:
-        with metrics.stage("unpack"):
-            unpack(host, batch_id, taken, encoding, stop)
+        unpack(host, batch_id, taken, encoding, stop)
         return None
     except Permanent as error:
         reason = str(error)
@@ -144,7 +143,6 @@ def attempt(host: Host, batch_id: str, encoding: Encoding, stop: Stop) -> Refuse
         if not scratch.is_full(error):
             raise
         log.warning("batch given back, for want of room on scratch", why=error.strerror)
-        metrics.RETRIES.labels("scratch").inc()
         scratch.cleanup_scratch(batch_id, root=host.scratch)
         patiently(stop, tidy, host)  # strays take room that is nobody's
         failed = patiently(
@@ -200,7 +198,6 @@ def unpack(host: Host, batch_id: str, taken: ledger.Taken, encoding: Encoding, s
 
     Raises Permanent if the batch is to fail; OSError, also where its quota of scratch does not do.
     """
-    began = time.monotonic()
     contents = Contents(scratch.fresh_dir(host.scratch, batch_id), taken.quota)
     if taken.archive_gone:
         patiently(stop, fetch_kept, host, batch_id, contents)
@@ -214,20 +211,7 @@ def unpack(host: Host, batch_id: str, taken: ledger.Taken, encoding: Encoding, s
         archive, flags = patiently(stop, read_archive, host, batch_id, taken, encoding, contents)
     rows = list(contents.rows.values())
     state = patiently(stop, ledger.seal, host.engine, batch_id, host.name, rows, archive, flags)
-    if state is not None:
-        tell_entered(batch_id, [row for row in rows if row.item not in taken.settled])
-    duration = round(time.monotonic() - began, 3)
-    log = get_logger().bind(batch_id=batch_id, attempt=taken.attempts, duration=duration)
-    log.info("batch unpacked", state=state, items=len(rows), flags=flags)
-
-
-def tell_entered(batch_id: str, rows: list[NewItem]) -> None:
-    """Count what SEAL has entered, and say what of it is dead."""
-    for row in rows:
-        metrics.RECORDINGS.labels("encoded" if row.reason is None else "dead").inc()
-        if row.reason is not None:
-            log = get_logger().bind(batch_id=batch_id, item=row.item, member=row.member)
-            log.warning("recording set aside", reason=row.reason)
+    get_logger().info("batch unpacked", batch_id=batch_id, state=state, items=len(rows), flags=flags)
 
 
 def fetch_kept(host: Host, batch_id: str, contents: Contents) -> None:
@@ -328,19 +312,17 @@ def spooled(recording: BinaryIO, folder: Path) -> BinaryIO:
 
 def encode(row: NewItem, mp3: BinaryIO, folder: Path, bitrate: int) -> NewItem:
     """Encode one recording; one that cannot be is a row with the reason."""
-    reason, began = "", time.monotonic()
+    reason = ""
     with mp3:
         for pause in (*FFMPEG_PAUSES, None):
             try:
                 target = folder / f"{row.item}.opus"
                 seconds, most = encode_bounds(mp3, bitrate)
                 mp3.seek(0)
-                with metrics.stage("encode"):
-                    opus = transcode.encode(mp3, target, bitrate=bitrate, timeout=seconds, most=most)
+                opus = transcode.encode(mp3, target, bitrate=bitrate, timeout=seconds, most=most)
                 break
             except transcode.Unfinished as error:  # for want of memory or time, perhaps not its own
                 if pause is not None:
-                    metrics.RETRIES.labels("ffmpeg").inc()
                     time.sleep(pause)
                     continue
                 reason = f"{error}, {len(FFMPEG_PAUSES) + 1} times"
@@ -348,8 +330,6 @@ def encode(row: NewItem, mp3: BinaryIO, folder: Path, bitrate: int) -> NewItem:
                 reason = str(error)
             canary.encode(folder)  # else ffmpeg is broken, not the recording
             return replace(row, reason=reason)
-    log = get_logger().bind(batch_id=folder.name, item=row.item, member=row.member)
-    log.info("recording encoded", seconds=round(opus.seconds, 3), duration=round(time.monotonic() - began, 3))
     return replace(row, seconds=opus.seconds, room=scratch.room_of(opus.size, opus.seconds))
 
 

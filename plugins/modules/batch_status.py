@@ -425,7 +425,8 @@ def check_usable(module: AnsibleModule, database_url: str | None, redis_url: str
     if redis_url and not is_url(redis_url, ("redis", "rediss", "unix")):
         module.fail_json(msg="redis_url must be a URL redis://..., rediss://... or unix://...")
     # Libraries quote what they do not understand, and it may be this.
-    module.no_log_values.update(urlsplit(url).password for url in (database_url, redis_url) if has_password(url))
+    passwords = [urlsplit(url).password for url in (database_url, redis_url) if url]
+    module.no_log_values.update(filter(None, passwords))
     if database_url and PSYCOPG2_ERROR:
         module.fail_json(msg=missing_required_lib("psycopg2"), exception=PSYCOPG2_ERROR)
     if redis_url and REDIS_ERROR:
@@ -438,10 +439,6 @@ def is_url(url: str, schemes: t.Sequence[str]) -> bool:
         return parts.scheme in schemes and parts.port != 0
     except ValueError:
         return False
-
-
-def has_password(url: str | None) -> bool:
-    return bool(url and urlsplit(url).password)
 
 
 def wait(module: AnsibleModule, ledger: Ledger, lists: Lists | None) -> float:

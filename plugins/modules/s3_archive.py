@@ -95,7 +95,7 @@ EXAMPLES = r"""
   lab.audio.s3_archive:
     state: fetched
     batch_id: 20250622-143052-a1b2c3
-    dest: /var/lib/lab-audio/looked-at/
+    dest: /root/
 
 - name: Delete an object
   lab.audio.s3_archive:
@@ -133,7 +133,7 @@ dest:
   description: File that holds the object.
   returned: with O(state=fetched)
   type: str
-  sample: /var/lib/lab-audio/looked-at/20250622-143052-a1b2c3.tar
+  sample: /root/20250622-143052-a1b2c3.tar
 plan:
   description: What was done; in check mode, or after a failure, what was to be done.
   returned: always

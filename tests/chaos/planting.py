@@ -13,7 +13,7 @@ from stack import BUCKET
 BATCH_FILES = 20
 BACKLOG = 500
 POISON = ("kills", "raises", "refused", "noise", "")  # of one batch after the other
-DAMAGED_EACH, ODD_COUNT_EACH, NONSENSE_EACH = 8, 4, 6
+DAMAGED_EACH, ODD_COUNT_EACH, NONSENSE_EACH, FIRST_EACH = 8, 4, 6, 3
 
 
 def arriving(driver: Driver, count: int = BATCH_FILES, only: Literal["", "source", "archives"] = "") -> Track:
@@ -50,7 +50,10 @@ def plant_files(driver: Driver, number: int, some: list[Recording]) -> None:
 
 
 def plant_archive(driver: Driver, number: int, some: list[Recording], *, healthy: bool) -> None:
-    """An archive and its job, as another program puts them. Some promise another count, or other bytes."""
+    """An archive and its job, as another program puts them. Some promise another count, or other bytes.
+
+    Some jobs go before all others: where many wait, reconcile has entered the archive before its job's turn comes.
+    """
     batch = f"20260101-{number // 3600 % 24:02d}{number // 60 % 60:02d}{number % 60:02d}-{number:06x}"
     members = {f"calls/{place:03d}.mp3": recording for place, recording in enumerate(some)}
     if not healthy:
@@ -62,7 +65,8 @@ def plant_archive(driver: Driver, number: int, some: list[Recording], *, healthy
     driver.planted.archives[batch] = members
     driver.stores.s3.put_object(Bucket=BUCKET, Key=f"archives/{batch}.tar", Body=tar_of(members), Metadata=metadata)
     with driver.stores.queue() as client:
-        client.rpush("unpack", unpack_job(batch, len(members) + (number % ODD_COUNT_EACH == 0)))
+        job = unpack_job(batch, len(members) + (number % ODD_COUNT_EACH == 0))
+        (client.lpush if number % FIRST_EACH == 0 else client.rpush)("unpack", job)
 
 
 def plant_nonsense(driver: Driver, number: int) -> None:

@@ -115,9 +115,13 @@ class Servers:
                 if code is None and answers():
                     return
             if code is not None or time.monotonic() > deadline:
-                log = (self.directory / f"{name}.log").read_text(errors="replace")[-2000:]
-                raise NotReady(f"{name} {'does not answer' if code is None else f'ended with {code}'}:\n{log}")
+                what = "does not answer" if code is None else f"ended with {code}"
+                raise NotReady(f"{name} {what}:\n{self.last_words(name)}")
             time.sleep(0.02)
+
+    def last_words(self, name: str) -> str:
+        """The end of a server's log."""
+        return (self.directory / f"{name}.log").read_text(errors="replace")[-2000:]
 
     def stop(self) -> None:
         for process in self._processes.values():

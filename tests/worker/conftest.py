@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import settings
@@ -33,3 +33,13 @@ def env(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str
         for name, value in fresh.items():
             monkeypatch.setenv(name, value)
         yield fresh
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Function) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails says what the servers said last."""
+    report = yield
+    servers = item.funcargs.get("stack")
+    if report.failed and servers:
+        report.sections += [(name, servers.last_words(name)) for name in ("seaweedfs", "valkey", "postgres")]
+    return report

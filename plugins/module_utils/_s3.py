@@ -178,7 +178,7 @@ def operation(name: str) -> t.Callable[[Function], Function]:
             except KeyError as error:  # something before the store said 200 for nothing
                 said = f"the answer has no {error.args[0]}; is that the store's answer?"
                 raise StoreError(f"{name} {store.place(key)}: {said}") from error
-            except (ResponseParserError, ValueError, OverflowError, RuntimeError) as error:
+            except (ResponseParserError, ValueError, ArithmeticError, RuntimeError) as error:
                 said = f"{str(error).splitlines()[0]}; is that the store's answer?"
                 raise StoreError(f"{name} {store.place(key)}: {said}") from error
 

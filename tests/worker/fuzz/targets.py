@@ -187,7 +187,7 @@ x-amz-meta-source-path: a/%%C3%%BC.tar
 x-amz-meta-source-mtime-ns: 1700000000000000000
 Last-Modified: Fri, 27 Nov 2026 10:00:00 GMT
 """ % (b"0" * 64)
-FAR_OFF = HEADERS.replace(b"2026", b"2" + b"0" * 36)
+FAR_OFF = [HEADERS.replace(b"2026", year) for year in (b"2" + b"0" * 36, b"2" + b"0" * 30 + b"h0")]
 FOUND = b"1700000000.000000000\0" + b"".join(
     b"12 1700000000.000000001 1700000000.000000001 ./%s\0" % name for name in (b"a.mp3", b"d/b.MP3", b"\xff.tar")
 )
@@ -203,6 +203,6 @@ TARGETS = {
     "transcribe_job": Target(transcribe_job, [json.dumps(ITEM).encode()]),
     "opus": Target(opus, [canary.OPUS.read_bytes()]),
     "listing": Target(listing, [FOUND]),
-    "metadata": Target(metadata, [HEADERS, FAR_OFF]),
+    "metadata": Target(metadata, [HEADERS, *FAR_OFF]),
     "environment": Target(environment, [ENVIRONMENT]),
 }

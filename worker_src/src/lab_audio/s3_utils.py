@@ -577,7 +577,7 @@ def asking(bucket: Bucket, operation: str, key: str = "") -> Iterator[None]:
         # s3transfer relies on it; something before the store said 200 for nothing.
         where = f"{operation} {_place(bucket, key)}"
         raise Retryable(f"{where}: the answer has no ETag; is that the store's answer?", STORE) from error
-    except (ValueError, OverflowError, RuntimeError) as error:  # botocore over headers that are none of a store
+    except (ValueError, ArithmeticError, RuntimeError) as error:  # botocore over headers that are none of a store
         where = f"{operation} {_place(bucket, key)}"
         raise Retryable(f"{where}: {error}; is that the store's answer?", STORE) from error
 

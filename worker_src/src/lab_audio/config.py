@@ -102,26 +102,13 @@ class StoreSettings(LedgerSettings, QueueSettings, S3Settings):
 HOST_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 
 
-class NamedSettings(_Settings):
-    """Which host this is."""
+class HostSettings(_Settings):
+    """Which host this is, and where its scratch lies."""
 
     lab_host: Annotated[str, _like(HOST_NAME, "letters, digits, '.', '_' and '-', at most 63")] = Field(
         default_factory=lambda: socket.gethostname().split(".")[0],
-        description="Name of this host in the ledger, in Redis lists and in logs (default: the host's name)",
+        description="Name of this host in the ledger and in Redis lists (default: the host's name)",
     )
-
-
-class WorkerSettings(NamedSettings):
-    """What every worker has."""
-
-    metrics_address: str = Field(
-        "127.0.0.1", description="Address at which workers serve Prometheus metrics; see docs/metrics.md for the ports"
-    )
-
-
-class HostSettings(NamedSettings):
-    """Where this host's scratch lies."""
-
     archive_after_batch: Literal["keep", "delete"] = Field(
         "keep", description="What happens to an archive once its batch is complete; one with a dead recording is kept"
     )
@@ -138,7 +125,7 @@ class MediaSettings(HostSettings):
     )
 
 
-class TransferSettings(StoreSettings, WorkerSettings):
+class TransferSettings(StoreSettings):
     """The transfer worker."""
 
     source: Annotated[
@@ -159,7 +146,7 @@ class TransferSettings(StoreSettings, WorkerSettings):
     )
 
 
-class UnpackSettings(StoreSettings, MediaSettings, WorkerSettings):
+class UnpackSettings(StoreSettings, MediaSettings):
     """The unpack worker."""
 
     transcode_threads: int = Field(
@@ -174,8 +161,8 @@ class UnpackSettings(StoreSettings, MediaSettings, WorkerSettings):
     opus_bitrate: int = Field(24_000, ge=6_000, le=256_000, description="Bits per second of the kept Opus")
 
 
-class ModelSettings(MediaSettings):
-    """Which models there are, and what they run on."""
+class GpuSettings(StoreSettings, MediaSettings):
+    """The GPU worker."""
 
     models_root: AbsolutePath = Field(Path("/data/models"), description="Directory of models: whisperx/ and gemma/")
     policies_dir: AbsolutePath = Field(
@@ -185,11 +172,6 @@ class ModelSettings(MediaSettings):
         (),
         description="Comma-separated devices, one process each: cuda:0,cuda:1 or cpu (default: all GPUs, else cpu)",
     )
-
-
-class GpuSettings(StoreSettings, ModelSettings, WorkerSettings):
-    """The GPU worker."""
-
     whisper_language: Annotated[str, _like("[a-z]{2,3}", "two or three small letters, as en")] | None = Field(
         None, description="Language of all recordings (default: detected)"
     )
@@ -203,15 +185,7 @@ class GpuSettings(StoreSettings, ModelSettings, WorkerSettings):
     max_attempts: int = Field(5, ge=2, description="Tries of one recording before it is set aside")
 
 
-class TextfileSettings(NamedSettings):
-    """Where what runs by a timer leaves its metrics."""
-
-    textfile_directory: AbsolutePath | None = Field(
-        None, description="Directory from which node_exporter reads *.prom files; not set: none are written"
-    )
-
-
-class ReconcileSettings(StoreSettings, TextfileSettings):
+class ReconcileSettings(StoreSettings):
     """`lab-audio reconcile`."""
 
     host_grace_seconds: int = Field(
@@ -219,34 +193,12 @@ class ReconcileSettings(StoreSettings, TextfileSettings):
     )
 
 
-class KeepingSettings(_Settings):
-    """For how long archives are kept."""
+class RetentionSettings(StoreSettings, HostSettings):
+    """`lab-audio retention`."""
 
     retention_days: int = Field(
         7, ge=1, le=36_500, description="Days that an archive is kept once its batch is complete"
     )
-
-
-class RetentionSettings(StoreSettings, HostSettings, TextfileSettings, KeepingSettings):
-    """`lab-audio retention`."""
-
-
-class StuckSettings(_Settings):
-    """When something takes too long."""
-
-    stuck_seconds: int = Field(
-        7200,
-        ge=1,
-        description="A batch that is open for so long is a warning, one without any progress for so long is failing",
-    )
-
-
-class MetricsSettings(StoreSettings, TextfileSettings, StuckSettings, KeepingSettings):
-    """`lab-audio metrics`."""
-
-
-class HealthSettings(StoreSettings, ModelSettings, StuckSettings, KeepingSettings):
-    """`lab-audio check-health`."""
 
 
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)
@@ -267,11 +219,7 @@ def load(kind: type[SettingsT], **overrides: Any) -> SettingsT:
             name = str(problem["loc"][0]) if problem["loc"] else "settings"
             field = kind.model_fields.get(name)
             about = f" ({field.description})" if field and field.description else ""
-            what = (
-                "is missing"
-                if problem["type"] == "missing"
-                else problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
-            )
+            what = "is missing" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ")
             lines.append(f"{name.upper()}: {what}{about}")
         raise ConfigError("\n".join(lines)) from None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,7 @@ from lab_audio.ledger.connection import transaction
 
 EVERYWHERE = "*"
 BEAT_SECONDS = 20
-SILENT_SECONDS = 120
-SILENT_AFTER = f"interval '{SILENT_SECONDS} seconds'"
+SILENT_AFTER = "interval '2 minutes'"
 
 
 @dataclass(frozen=True)
@@ -29,16 +27,9 @@ class Lost:
 
 @contextmanager
 def registering(
-    engine: Engine,
-    host: str,
-    scratch_id: str,
-    scratch_root: Path,
-    *,
-    kind: str = "",
-    release: str = "",
-    unsandboxed: bool = False,
+    engine: Engine, host: str, scratch_id: str, scratch_root: Path, *, kind: str = "", unsandboxed: bool = False
 ) -> Iterator[Lost | None]:
-    """Note this host, its disk, and of its workers of a kind the release and whether they go without a sandbox.
+    """Note this host, its disk, and whether its workers of a kind go without a sandbox.
 
     Raises Fatal while another disk still beats under the same name. Once that one is silent, what lay on it is lost
     (LOST): then yields its batches, as `losing` does; else None.
@@ -65,17 +56,9 @@ def registering(
             text(
                 "UPDATE hosts SET scratch_id = :id, scratch_root = :root, seen_at = now(), doubted_at = NULL,"
                 " unsandboxed = array_remove(unsandboxed, :kind) || CASE WHEN :unsandboxed THEN ARRAY[:kind] END,"
-                " releases = releases || CAST(:releases AS jsonb),"
                 " scratch_bytes = CASE WHEN scratch_id = :id THEN scratch_bytes END WHERE host = :host"
             ),
-            {
-                "host": host,
-                "id": scratch_id,
-                "root": str(scratch_root),
-                "kind": kind,
-                "unsandboxed": unsandboxed,
-                "releases": json.dumps({kind: release} if kind else {}),
-            },
+            {"host": host, "id": scratch_id, "root": str(scratch_root), "kind": kind, "unsandboxed": unsandboxed},
         )
         yield lost
 
@@ -89,15 +72,6 @@ def beat(engine: Engine, host: str, *, gpu: bool) -> None:
                 " gpu_seen_at = CASE WHEN :gpu THEN now() ELSE gpu_seen_at END WHERE host = :host"
             ),
             {"host": host, "gpu": gpu},
-        )
-
-
-def note_models(engine: Engine, host: str, revisions: Mapping[str, str]) -> None:
-    """Keep which models this host's GPU worker has loaded."""
-    with transaction(engine) as connection:
-        connection.execute(
-            text("UPDATE hosts SET models = CAST(:models AS jsonb) WHERE host = :host"),
-            {"host": host, "models": json.dumps(dict(revisions))},
         )
 
 
@@ -149,8 +123,7 @@ def losing(engine: Engine, host: str, *, unless_seen: bool = False) -> Iterator[
     """LOST: a host and its scratch are gone. Yields its batches, for Redis to forget them.
 
     What was open is `uploaded` again when the block ends, and nothing is undone by a host that lives after all: it
-    finds that the batches are not its own. With `unless_seen` yields None for a host that beats again; one that does
-    not is shown as lost until it does, or is forgotten.
+    finds that the batches are not its own. With `unless_seen` yields None for a host that beats again.
     """
     with transaction(engine) as connection:
         row = connection.execute(
@@ -161,11 +134,8 @@ def losing(engine: Engine, host: str, *, unless_seen: bool = False) -> Iterator[
             return
         lost = _lose(connection, host)
         connection.execute(
-            text(
-                "UPDATE hosts SET seen_at = NULL, gpu_seen_at = NULL, doubted_at = NULL,"
-                " silent_since = CASE WHEN :shown THEN coalesce(seen_at, silent_since) END WHERE host = :host"
-            ),
-            {"host": host, "shown": unless_seen},
+            text("UPDATE hosts SET seen_at = NULL, gpu_seen_at = NULL, doubted_at = NULL WHERE host = :host"),
+            {"host": host},
         )
         yield lost
 

@@ -1,8 +1,4 @@
-"""Run by alembic inside the transaction that `lab_audio.ledger.migrate` holds.
-
-Revisions are four digits, in order. A migration leaves what the release before it uses, for that one works on beside it
-and may be gone back to: it adds, and what is no longer used goes one release later.
-"""
+"""Run by alembic inside the transaction that `lab_audio.ledger.migrate` holds."""
 
 from alembic import context
 

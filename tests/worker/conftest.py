@@ -40,6 +40,6 @@ def pytest_runtest_makereport(item: pytest.Function) -> Generator[None, pytest.T
     """A test that fails says what the servers said last."""
     report = yield
     servers = item.funcargs.get("stack")
-    if report.failed and servers:
+    if report.failed and servers and report.when != "teardown":  # when their logs may be gone
         report.sections += [(name, servers.last_words(name)) for name in ("seaweedfs", "valkey", "postgres")]
     return report

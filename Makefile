@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos fuzz molecule compat lint clean
+.PHONY: help demo test chaos fuzz molecule alerts compat lint clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -22,7 +22,10 @@ fuzz:  ## Broken input for one parser, guided by coverage (TARGET=tar SECONDS=36
 		PYTHONPATH=.cache/atheris exec .venv/bin/python tests/worker/fuzz/guided.py $(TARGET) -max_total_time=$(SECONDS)
 
 molecule:  ## The roles on test hosts with systemd (SCENARIO=redis: one of them); as root
-	@tests/stack/bootstrap.sh test && exec molecule/run.sh test $(if $(SCENARIO),-s $(SCENARIO),--all)
+	@tests/stack/bootstrap.sh test && exec molecule/run.sh $(if $(SCENARIO),test -s $(SCENARIO),all)
+
+alerts:  ## Every alert on test hosts: what it is about is broken, and its runbook mends it; as root
+	@tests/stack/bootstrap.sh test && ALERTS=all molecule/run.sh test -s alerts && cat .cache/molecule/alerts.md
 
 compat:  ## The collection on ansible-core 2.17 and the newest, its modules by Python 3.9 (needs python3.9 and python3.12)
 	@tests/stack/bootstrap.sh test && exec tests/modules/compat.sh

@@ -22,7 +22,7 @@ This page is written by `python docs/make_configuration.py`; a test fails when i
 - `ALIGN` is `true` or `false`. `LOG_LEVEL` is `DEBUG`, `INFO`, `WARNING` or `ERROR`.
   `SOURCE_FATE` is `keep`, `move` or `delete`.
 
-`migrate`, `pause` and `resume` need `DATABASE_URL`; `status` needs `DATABASE_URL` and `REDIS_URL`;
+`migrate`, `pause`, `resume` and `batch` need `DATABASE_URL`; `status` needs `DATABASE_URL` and `REDIS_URL`;
 `fetch-archive` needs the `S3_` settings; `dead` and `hosts forget` need all three.
 """
 

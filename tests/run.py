@@ -16,6 +16,7 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,9 @@ SANITY = "sanity"
 MOLECULE = "molecule"
 HOSTS = CHECKOUT / "tests" / "hosts" / "hosts.py"
 LEAVE_SECONDS = 10
+CLEAN_UP_SECONDS = 120
 PR_SET_CHILD_SUBREAPER = 36
+OURS: set[int] = set()  # children that are no leftover of a test
 
 # Tiers: where their tests lie, and how two processes share them: by file where a file's tests share a server or model.
 TIERS = {
@@ -43,12 +46,15 @@ TIERS = {
     "end_to_end": ("tests/worker/end_to_end", []),
     "hosts": ("tests/hosts", []),
 }
+# These wait more than they work, so that all of `make test` has them beside the other tiers.
+BESIDE = ("hosts", MOLECULE)
 # Of the lines of the modules and module_utils, in percent.
 COVERED = 90
 CONFIG = "worker_src/pyproject.toml"
+PYTHON = ["worker_src", "plugins", "tests", "molecule"]
 LINT = {
-    "ruff check": (".", ["ruff", "check", "--config", CONFIG, "worker_src", "plugins", "tests"]),
-    "ruff format": (".", ["ruff", "format", "--check", "--config", CONFIG, "worker_src", "plugins", "tests"]),
+    "ruff check": (".", ["ruff", "check", "--config", CONFIG, *PYTHON]),
+    "ruff format": (".", ["ruff", "format", "--check", "--config", CONFIG, *PYTHON]),
     "mypy --strict": ("worker_src", ["mypy"]),
     "lint-imports": ("worker_src", ["lint-imports", "--cache-dir", str(CACHE / "imports")]),
 }
@@ -59,15 +65,32 @@ class Outcome:
     """`skipped`: how many tests did not run, by reason; `wrong`: what failed, a line each."""
 
     ok: bool
-    seconds: float
     note: str = ""
     skipped: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    seconds: float = 0
+    cores: float = 0
+
+
+def measured(work: Callable[..., Outcome], *given: object) -> Outcome:
+    """Do it, and note how long it took and how many of the machine's cores were busy meanwhile."""
+    began, busy = time.monotonic(), busy_seconds()
+    outcome = work(*given)
+    outcome.seconds = time.monotonic() - began
+    outcome.cores = (busy_seconds() - busy) / max(outcome.seconds, 0.01)
+    return outcome
+
+
+def busy_seconds() -> float:
+    """Of all cores since the machine was started, by proc(5)."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = Path("/proc/stat").read_text().split()[1:9]
+    return sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
 
 
 def main(wanted: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `&` has it ignored, and by our children, too
     # Whatever a test leaves behind becomes our child, so that it can be named and ended.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     unknown = set(wanted) - {"lint", SANITY, *TIERS, MOLECULE, CAMPAIGN}
@@ -76,38 +99,64 @@ def main(wanted: list[str]) -> int:
         print(f"not a tier: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
         return 2
     outcomes: dict[str, Outcome] = {}
+    beside = None
     try:
         if not wanted or "lint" in wanted:
             for name, (directory, command) in LINT.items():
-                outcomes[name] = lint(name, CHECKOUT / directory, command)
+                outcomes[name] = measured(lint, name, CHECKOUT / directory, command)
         if not wanted or SANITY in wanted:
-            outcomes[SANITY] = lint(SANITY, CHECKOUT, [str(CHECKOUT / "tests" / "modules" / "sanity.sh")])
+            outcomes[SANITY] = measured(lint, SANITY, CHECKOUT, [str(CHECKOUT / "tests" / "modules" / "sanity.sh")])
+        if not wanted:
+            beside = start_beside()
         for name in TIERS:
-            if not wanted or name in wanted:
-                outcomes[name] = tier(name)
+            if name in wanted or (not wanted and name not in BESIDE):
+                outcomes[name] = measured(tier, name)
                 if name == "modules":
-                    outcomes["coverage"] = coverage()
-        if not wanted or MOLECULE in wanted:
-            outcomes[MOLECULE] = molecule()
+                    outcomes["coverage"] = measured(coverage)
+        if MOLECULE in wanted:
+            outcomes[MOLECULE] = measured(molecule)
+        if beside is not None:
+            outcomes[" and ".join(BESIDE)] = measured(finish, beside)
         if not wanted or CAMPAIGN in wanted:
-            outcomes[CAMPAIGN] = campaign()
-    except KeyboardInterrupt:
+            outcomes[CAMPAIGN] = measured(campaign)
+    except KeyboardInterrupt:  # Ctrl-C reaches the other process, too, which has hosts to remove
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if beside is not None:
+                beside.wait(timeout=CLEAN_UP_SECONDS)
         return 130
     finally:
+        if beside is not None and beside.poll() is None:
+            beside.terminate()
+            beside.wait()
         end_leftovers(0)
     return report(outcomes)
 
 
+def start_beside() -> subprocess.Popen[bytes]:
+    """A process of its own, which cleans up after itself; what it says is kept until it has ended."""
+    log = CACHE / "results" / "beside.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as said:
+        command = ["setpriv", "--pdeathsig", "TERM", sys.executable, __file__, *BESIDE]
+        process = subprocess.Popen(command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+    OURS.add(process.pid)
+    return process
+
+
+def finish(beside: subprocess.Popen[bytes]) -> Outcome:
+    code = beside.wait()
+    print((CACHE / "results" / "beside.log").read_text(errors="replace"), flush=True)
+    return Outcome(code == 0, "began beside the others; each as it says above")
+
+
 def lint(name: str, directory: Path, command: list[str]) -> Outcome:
     say(name)
-    began = time.monotonic()
     code = run([str(BIN / command[0]), *command[1:]], directory)
-    return Outcome(code == 0, time.monotonic() - began)
+    return Outcome(code == 0)
 
 
 def tier(name: str) -> Outcome:
     say(name)
-    began = time.monotonic()
     results = CACHE / "results" / f"{name}.xml"
     results.unlink(missing_ok=True)
     where, shared = TIERS[name]
@@ -117,9 +166,9 @@ def tier(name: str) -> Outcome:
         COVERAGE.mkdir(parents=True)
     code = run([sys.executable, "-m", "pytest", "-q", where, f"--junitxml={results}", *shared], CHECKOUT, measured)
     left = end_leftovers(LEAVE_SECONDS)
-    outcome = Outcome(code == 0, time.monotonic() - began, skipped=skips(results), wrong=failures(results))
+    outcome = Outcome(code == 0, skipped=skips(results), wrong=failures(results))
     if code == NO_TESTS:
-        outcome = Outcome(True, outcome.seconds, skipped=Counter({f"{where} has no tests": 1}))
+        outcome = Outcome(True, skipped=Counter({f"{where} has no tests": 1}))
     if left:
         outcome.ok, outcome.note = False, f"left running: {'; '.join(left)}"
     elif REQUIRE_ALL and outcome.skipped:
@@ -131,36 +180,33 @@ def molecule() -> Outcome:
     """Each role on hosts with systemd."""
     say(MOLECULE)
     if os.getuid() != 0:
-        return Outcome(not REQUIRE_ALL, 0, skipped=Counter({"test hosts need root": 1}))
-    began = time.monotonic()
+        return Outcome(not REQUIRE_ALL, skipped=Counter({"test hosts need root": 1}))
     try:
-        code = run([str(CHECKOUT / "molecule" / "run.sh"), "test", "--all"], CHECKOUT)
+        code = run([str(CHECKOUT / "molecule" / "run.sh"), "all"], CHECKOUT)
     finally:
         left = end_leftovers(LEAVE_SECONDS)
         for scenario in CHECKOUT.glob("molecule/*/molecule.yml"):
             run([sys.executable, str(HOSTS), "--run", scenario.parent.name, "destroy", "--all"], CHECKOUT)
-    return Outcome(code == 0 and not left, time.monotonic() - began, f"left running: {'; '.join(left)}" if left else "")
+    return Outcome(code == 0 and not left, f"left running: {'; '.join(left)}" if left else "")
 
 
 def campaign() -> Outcome:
     """Five minutes in which every step is killed and everything goes wrong once."""
     say(CAMPAIGN)
-    began = time.monotonic()
     code = run([sys.executable, "tests/chaos/campaign.py"], CHECKOUT)
     left = end_leftovers(LEAVE_SECONDS)
     note = f"left running: {'; '.join(left)}" if left else ""
-    return Outcome(code == 0 and not left, time.monotonic() - began, note, wrong=verdict() if code else [])
+    return Outcome(code == 0 and not left, note, wrong=verdict() if code else [])
 
 
 def coverage() -> Outcome:
     """How much of the modules their tests have run; what was killed could not say."""
-    began = time.monotonic()
     data = f"--data-file={COVERAGE / 'run'}"
     program = [sys.executable, "-m", "coverage"]
     code = run([*program, "combine", "-q", data, str(COVERAGE)], CHECKOUT)
     only = "--include=*/plugins/modules/*,*/plugins/module_utils/*"
     code = code or run([*program, "report", data, only, f"--fail-under={COVERED}", "--skip-empty"], CHECKOUT)
-    return Outcome(code == 0, time.monotonic() - began)
+    return Outcome(code == 0)
 
 
 def run(command: list[str], directory: Path, more: dict[str, str] | None = None) -> int:
@@ -213,8 +259,8 @@ def end_leftovers(grace: float) -> list[str]:
     left: dict[int, str] = {}
     while pids := children():
         with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+            for pid in pids:
+                os.waitpid(pid, os.WNOHANG)
         if time.monotonic() > deadline:
             for pid in children():
                 with contextlib.suppress(OSError):
@@ -227,7 +273,8 @@ def end_leftovers(grace: float) -> list[str]:
 
 
 def children() -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    pids = map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    return [pid for pid in pids if pid not in OURS]
 
 
 def report(outcomes: dict[str, Outcome]) -> int:
@@ -241,7 +288,7 @@ def report(outcomes: dict[str, Outcome]) -> int:
             print(f"FAILED: {name}: {line}")
     for name, outcome in outcomes.items():
         word = "passed" if outcome.ok else "FAILED"
-        print(f"{name:14} {word} {outcome.seconds:7.1f} s  {outcome.note}".rstrip())
+        print(f"{name:14} {word} {outcome.seconds:7.1f} s  {outcome.cores:3.1f} cores  {outcome.note}".rstrip())
     total = sum(outcome.seconds for outcome in outcomes.values())
     good = all(outcome.ok for outcome in outcomes.values())
     print(f"{'all' if good else 'NOT all'} passed in {total / 60:.1f} min", flush=True)

@@ -175,11 +175,13 @@ totals:
   type: dict
   sample: {"batches": 2, "total": 1200, "processed": 640, "dead": 1, "percent": 53.3}
 hosts:
-  description: Hosts that take part, with the seconds since they, and their models, were seen.
+  description:
+    - Hosts that take part, with the seconds since they, and their models, were seen; and those that are lost and not
+      forgotten, whose batches others do.
   returned: with PostgreSQL
   type: list
   elements: dict
-  sample: [{"host": "gpu-1", "paused": false, "seen_seconds": 4.1, "gpu_seen_seconds": 9.8}]
+  sample: [{"host": "gpu-1", "paused": false, "lost": false, "seen_seconds": 4.1, "gpu_seen_seconds": 9.8}]
 lists:
   description:
     - Each list with its depth, and for how many seconds the batch of its oldest job has been uploaded or ready.
@@ -248,10 +250,10 @@ SELECT batch_id, state, host, total, processed, dead, percent, rate, eta_seconds
 FROM batch_progress WHERE {which} ORDER BY age_seconds DESC NULLS LAST, batch_id
 """
 HOSTS = """
-SELECT host, paused OR EXISTS (SELECT FROM hosts WHERE host = %(all)s AND paused) AS paused,
-    extract(epoch FROM now() - seen_at)::float AS seen_seconds,
+SELECT host, paused OR EXISTS (SELECT FROM hosts WHERE host = %(all)s AND paused) AS paused, seen_at IS NULL AS lost,
+    extract(epoch FROM now() - coalesce(seen_at, silent_since))::float AS seen_seconds,
     extract(epoch FROM now() - gpu_seen_at)::float AS gpu_seen_seconds
-FROM hosts WHERE host <> %(all)s AND seen_at IS NOT NULL ORDER BY host
+FROM hosts WHERE host <> %(all)s AND coalesce(seen_at, silent_since) IS NOT NULL ORDER BY host
 """
 STUCK = "SELECT * FROM stuck_batches(make_interval(secs => %(after)s))"
 DEAD = """
@@ -546,13 +548,13 @@ def findings(result: Row, fail_on: t.Sequence[str]) -> list[str]:
 
 def works(host: Row) -> bool:
     seen = (host["seen_seconds"], host["gpu_seen_seconds"])
-    return not host["paused"] and all(one is not None and one < SEEN_SECONDS for one in seen)
+    return not host["paused"] and not host["lost"] and all(one is not None and one < SEEN_SECONDS for one in seen)
 
 
 def in_words(host: Row) -> str:
     gpu = "never" if host["gpu_seen_seconds"] is None else f"{host['gpu_seen_seconds']:.0f} s ago"
-    paused = "is paused, " if host["paused"] else ""
-    return f"{host['host']} {paused}was seen {host['seen_seconds']:.0f} s ago, with its models ready {gpu}"
+    also = "is paused, " * host["paused"] + "is lost, " * host["lost"]
+    return f"{host['host']} {also}was seen {host['seen_seconds']:.0f} s ago, with its models ready {gpu}"
 
 
 def rounded(row: t.Mapping[str, t.Any]) -> Row:

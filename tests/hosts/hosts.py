@@ -33,7 +33,7 @@ FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 FORWARDING_WAS = Path("/run/lab-audio-ip_forward")  # of all runs: it is put back with the last bridge
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 REBOOT = 133  # by which nspawn ends when the host wants to be started again
-UP_SECONDS, DOWN_SECONDS = 120, 20
+UP_SECONDS, DOWN_SECONDS, REBOOT_SECONDS = 120, 20, 600  # a reboot also waits for the work in hand
 
 
 class Refused(RuntimeError):
@@ -173,7 +173,7 @@ class Run:
         _write(
             self.directory / "known_hosts", "".join(f"{h.name} {key.read_text()}" for h, key in keys if key.exists())
         )
-        each = "".join(f"Host {h.name}\n  HostName {h.address}\n  HostKeyAlias {h.name}\n" for h in hosts)
+        each = "".join(f"Host {h.name} {h.address}\n  HostName {h.address}\n  HostKeyAlias {h.name}\n" for h in hosts)
         all_of_them = {
             "User": "root",
             "IdentityFile": self.key,
@@ -334,7 +334,7 @@ class Host:
         if not before:
             raise Refused(f"{self.name} does not answer by ssh")
         self.signal(signal.SIGRTMIN + 5)  # systemd: reboot
-        return self.wait(time.monotonic() + UP_SECONDS, before)
+        return self.wait(time.monotonic() + REBOOT_SECONDS, before)
 
     def console(self) -> str:
         with contextlib.suppress(OSError):
@@ -361,9 +361,17 @@ class Host:
             subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
         if self.root.is_mount():
             _do("umount", self.root)
+
+        def without_cgroups() -> bool:
+            for cgroup in self.cgroups:
+                for directory, _, _ in os.walk(cgroup, topdown=False):
+                    with contextlib.suppress(OSError):  # it is busy until a large process has quite ended
+                        Path(directory).rmdir()
+            return not any(cgroup.exists() for cgroup in self.cgroups)
+
+        if not _until(without_cgroups, DOWN_SECONDS):
+            raise Refused(f"{self.name}: its cgroups cannot be removed")
         for cgroup in self.cgroups:
-            for directory, _, _ in os.walk(cgroup, topdown=False):
-                Path(directory).rmdir()
             with contextlib.suppress(OSError):
                 cgroup.parent.rmdir()  # with the last host of the run
         if self.directory.exists():

@@ -19,10 +19,15 @@ PACKAGES = (
     "systemd systemd-sysv libpam-systemd libnss-systemd dbus udev openssh-server openssh-client sudo "
     "python3 python3-apt python3-venv python3-packaging python3-psycopg2 ca-certificates curl "
     "iproute2 iputils-ping netbase procps less e2fsprogs xfsprogs parted rsync "
-    "ffmpeg bubblewrap chrony redis-server postgresql"
+    "ffmpeg bubblewrap chrony redis-server postgresql "
+    "prometheus prometheus-alertmanager prometheus-node-exporter "
+    "swift-proxy swift-account swift-container swift-object memcached openssl"
 )
 # A role has to start its service itself, also where Debian's package is there already.
-DISABLED = ("chrony", "postgresql", "redis-server", "rsync")
+DISABLED = (
+    *("chrony", "postgresql", "redis-server", "rsync", "memcached", "swift-*"),
+    *("prometheus", "prometheus-alertmanager", "prometheus-node-exporter"),
+)
 # The kernel, its settings and its disks are the machine's. What starts by the clock disturbs tests.
 MASKED = (
     *("systemd-sysctl.service", "procps.service", "systemd-modules-load.service", "fstrim.timer", "e2scrub_all.timer"),
@@ -49,7 +54,7 @@ TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 STACK = CHECKOUT / "tests" / "stack"
 MODELS = "srv/models"
 MODELS_MADE_BY = [STACK / "models.py", STACK / "tiny_models.py", STACK / "locks" / "demo.txt"]
-MODELS_MADE_BY += sorted((STACK / "policies").glob("*.txt"))
+MODELS_MADE_BY += sorted((CHECKOUT / "inventories" / "single_node" / "policies").glob("*.txt"))
 
 
 def image(directory: Path) -> Path:
@@ -110,7 +115,8 @@ def _build(root: Path, suite: str, sources: list[Path], access: list[Path], log:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
         run("chroot", root, "update-ca-certificates")
-        run("systemctl", "--root", root, "disable", *DISABLED)
+        units = [unit.stem for name in DISABLED for unit in (root / "lib/systemd/system").glob(f"{name}.service")]
+        run("systemctl", "--root", root, "disable", *(unit for unit in units if not unit.endswith("@")))
         run("systemctl", "--root", root, "mask", *MASKED)
         for key in (root / "etc/ssh").glob("ssh_host_*"):
             key.unlink()

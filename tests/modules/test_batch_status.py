@@ -180,6 +180,9 @@ def test_it_fails_if_no_host_works(run: Run, lab: Lab) -> None:
     said = run(MODULE, env=lab.env, fail_on=["no_workers"])["msg"]
     assert re.search("gpu-1 was seen [0-9]+ s ago, with its models ready never", said)
     assert "gpu-2 is paused" in said and re.search("gpu-3 was seen 6[0-9]{2} s ago", said)
+    lab.sql("UPDATE hosts SET seen_at = NULL, silent_since = seen_at WHERE host = 'gpu-3'")
+    said = run(MODULE, env=lab.env, fail_on=["no_workers"])["msg"]
+    assert re.search("gpu-3 is lost, was seen 6[0-9]{2} s ago", said)
     lab.host("gpu-4")
     assert run(MODULE, env=lab.env, fail_on=["no_workers"]).get("failed") is None
     lab.sql("INSERT INTO hosts (host, paused) VALUES ('*', true)")

@@ -1,6 +1,7 @@
 """`make demo`: recordings go the whole way on this machine, through the real programs, to an account.
 
-SOUNDS=dir takes your own MP3s instead of the corpus; KEEP=1 keeps the servers up. All files are in .demo/.
+SOUNDS=dir takes your own MP3s instead of the corpus; KEEP=1 keeps the servers up. All files are in .demo/: `env` is
+the settings of the run that goes on, `run/` what it makes, with its logs, and `logs/` those of the last run.
 """
 
 from __future__ import annotations
@@ -28,15 +29,18 @@ from rich.text import Text
 from lab_audio.media import sandbox
 
 import corpus
+from account import account
 from models import POLICIES, assemble
 from stack import Stack
 
 CHECKOUT = Path(__file__).parents[2]
 HOME = CHECKOUT / ".demo"
+ENV = HOME / "env"
 PROGRAM = Path(sys.executable).parent / "lab-audio"
 HOST = "demo"
 WORST_WER = 0.20
 STUCK_SECONDS = 600
+TELL_SECONDS = 10  # between two lines of progress, where there is no terminal
 PR_SET_PDEATHSIG = 1
 
 console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
@@ -66,6 +70,7 @@ def main() -> int:
             console.print("Interrupted.")
             return 130
         finally:
+            ENV.unlink(missing_ok=True)
             shutil.rmtree(run, ignore_errors=True)
 
 
@@ -98,6 +103,9 @@ def demo(run: Path) -> int:
         if problem := sandbox.problem():
             say(f"ffmpeg runs WITHOUT A SANDBOX, as none works here ({problem}).")
             env["ALLOW_UNSANDBOXED"] = "true"
+        leave_env(env)
+        say("In another terminal, meanwhile: `. .demo/env; lab-audio status --watch`")
+        say(f"Logs: {stack.directory.relative_to(CHECKOUT)}/*.log")
         with logs_kept(stack), closing(psycopg2.connect(stack.env["DATABASE_URL"])) as ledger:
             ledger.autocommit = True
             pipeline(stack, env, ledger, len(files))
@@ -105,7 +113,7 @@ def demo(run: Path) -> int:
             good = [show_errors(ledger)] if not own else []
             good.append(show_account(stack, ledger, run / "scratch", len(files)))
         if os.environ.get("KEEP") not in (None, "", "0"):
-            keep(env)
+            keep()
     return 0 if all(good) else 1
 
 
@@ -122,6 +130,7 @@ def settings(stack: Stack, run: Path, sounds: Path) -> dict[str, str]:
         "TRANSFER_TMP": str(run / "tmp" / "transfer"),
         "MODELS_ROOT": str(HOME / "models"),
         "POLICIES_DIR": str(POLICIES),
+        "DEVICES": "cpu",
     }
 
 
@@ -146,9 +155,12 @@ def pipeline(stack: Stack, env: dict[str, str], ledger: Any, files: int) -> None
     with Progress(*columns, console=console) as progress:
         bars = [progress.add_task(name, total=files) for name in ("transferred", "unpacked", "transcribed")]
         seen: tuple[int, ...] | None = None
-        moved = time.monotonic()
+        moved = told = time.monotonic()
         while True:
             now = look(ledger)
+            if not console.is_terminal and time.monotonic() - told > TELL_SECONDS:
+                told = time.monotonic()
+                say(f"{now[0]} of {files} transferred, {now[1]} unpacked, {now[2]} transcribed")
             if now != seen:
                 seen, moved = now, time.monotonic()
                 for bar, count in zip(bars, now[:3], strict=True):
@@ -216,39 +228,16 @@ def show_errors(ledger: Any) -> bool:
 def show_account(stack: Stack, ledger: Any, scratch: Path, files: int) -> bool:
     """Print the closing account; True if every line of it is as it should be."""
 
-    def count(query: str) -> int:
-        return int(rows(ledger, f"SELECT count(*) FROM {query}")[0][0])
-
-    listing = stack.s3().get_paginator("list_objects_v2")
-    pages = listing.paginate(Bucket=stack.env["S3_BUCKET"], Prefix="processed/")
-    objects = {found["Key"] for page in pages for found in page.get("Contents", [])}
-    keys = {row[0] for row in rows(ledger, "SELECT s3_opus_path FROM audio_files WHERE state = 'done'")}
     on_scratch = sum(
         path.stat().st_size
         for folder in scratch.iterdir()
         if not folder.name.startswith(".")
         for path in (folder, *folder.rglob("*"))
     )
-    with closing(redis.Redis.from_url(stack.env["REDIS_URL"], decode_responses=True)) as client:
-        jobs = sum(client.llen(name) for name in client.scan_iter(_type="list"))
-        batch_keys = sum(1 for _ in client.scan_iter("batch:*"))
-    lines = [
-        ("recordings in the source", files, files),
-        ("rows done in audio_files", files, count("audio_files WHERE state = 'done'")),
-        ("rows in audio_files", files, count("audio_files")),
-        ("rows in transcripts", files, count("transcripts")),
-        (
-            "rows in classifications (one a policy, where there is speech)",
-            len(list(POLICIES.glob("*.txt"))) * count("transcripts WHERE speech"),
-            count("classifications"),
-        ),
-        ("objects under processed/", files, len(objects)),
-        ("objects that a row names", files, len(objects & keys)),
-        ("batches not complete", 0, count("batches WHERE state <> 'complete' OR flags <> '{}'")),
-        ("bytes left on scratch", 0, on_scratch),
-        ("jobs left in Redis lists", 0, jobs),
-        ("batch keys left in Redis", 0, batch_keys),
-    ]
+    policies = len(list(POLICIES.glob("*.txt")))
+    with closing(redis.Redis.from_url(stack.env["REDIS_URL"], decode_responses=True)) as queue:
+        stores = (ledger, stack.s3(), stack.env["S3_BUCKET"], queue)
+        lines = account(*stores, files=files, policies=policies, on_scratch=on_scratch)
     table = Table("account", "expected", "found", "")
     for column in table.columns[1:3]:
         column.justify = "right"
@@ -261,17 +250,19 @@ def show_account(stack: Stack, ledger: Any, scratch: Path, files: int) -> bool:
     return good
 
 
-def keep(env: dict[str, str]) -> None:
+def leave_env(env: dict[str, str]) -> None:
+    """Leave this run's settings for a shell that wants to look at it."""
+    lines = [f"export {key}={shlex.quote(value)}\n" for key, value in env.items()]
+    ENV.touch(0o600)
+    ENV.write_text("".join([*lines, f"export PATH={shlex.quote(str(PROGRAM.parent))}:$PATH\n"]))
+
+
+def keep() -> None:
     """Leave the servers up until ^C, and say how to reach them."""
     say("KEEP: the servers stay up until Ctrl-C. In another terminal:\n")
-    for key, value in env.items():
-        print(f"export {key}={shlex.quote(value)}")
-    print(f"export PATH={shlex.quote(str(PROGRAM.parent))}:$PATH")
-    print("lab-audio status", flush=True)
-    print(
-        "lab-audio unpack-worker & lab-audio gpu-worker &     # no worker runs now; these would take new jobs",
-        flush=True,
-    )
+    say(". .demo/env")
+    say("lab-audio status")
+    say("lab-audio unpack-worker & lab-audio gpu-worker &     # no worker runs now; these would take new jobs")
     try:
         signal.pause()
     except KeyboardInterrupt:

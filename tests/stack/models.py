@@ -7,9 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from tiny_models import POLICIES as POLICIES
 from tiny_models import make_gemma
-
-POLICIES = Path(__file__).parent / "policies"
 
 
 def assemble(root: Path) -> None:

@@ -1,16 +1,21 @@
 """OpenStack Swift 2.30 with its S3 API over TLS, on one node and one disk: Debian's packages, no root needed.
 
 Over TLS, because that is where clients fail that work over plain http.
+
+swift.py ADDRESS DIRECTORY runs it there until it is ended, and prints how to reach it.
 """
 
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import secrets
 import shutil
+import signal
 import ssl
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +35,7 @@ default = yes
 
 _PROXY = """\
 [DEFAULT]
-bind_ip = 127.0.0.1
+bind_ip = {address}
 bind_port = {port}
 cert_file = {directory}/server.pem
 key_file = {directory}/server.key
@@ -147,6 +152,7 @@ class Swift(Servers):
     Raises RuntimeError where Swift is not installed or the directory's file system will not do.
     """
 
+    address = "127.0.0.1"  # to be reached at
     endpoint: str
     access_key = "test:worker"
     secret_key: str
@@ -156,14 +162,22 @@ class Swift(Servers):
         check_installed()
         check_xattrs(self.directory)
         proxy, memcached, *storage = free_ports(5)
-        self.endpoint = f"https://127.0.0.1:{proxy}"
+        self.endpoint = f"https://{self.address}:{proxy}"
         self.secret_key = secrets.token_hex(20)
         self.ca_bundle = self.directory / "ca.pem"
         user = getpass.getuser() if os.getuid() else "root"
         (self.directory / "nodes" / "d1").mkdir(parents=True)
         self._write("swift.conf", _SWIFT, hash=secrets.token_hex(8))
         common = {"user": user, "directory": self.directory, "pipeline": _FILTERS}
-        self._write("proxy-server.conf", _PROXY, port=proxy, memcached=memcached, secret=self.secret_key, **common)
+        self._write(
+            "proxy-server.conf",
+            _PROXY,
+            address=self.address,
+            port=proxy,
+            memcached=memcached,
+            secret=self.secret_key,
+            **common,
+        )
         self.spawn("memcached", ["memcached", "-l", "127.0.0.1", "-p", memcached, "-m", 32, "-u", user])
         self._run([PYTHON, "-c", _RINGS, self.directory, *storage])
         self._make_certificates()
@@ -183,11 +197,11 @@ class Swift(Servers):
         return bool(urllib.request.urlopen(f"{self.endpoint}/healthcheck", timeout=2, context=trust).status == 200)
 
     def _make_certificates(self) -> None:
-        """A CA in ca.pem, and a server certificate of it for 127.0.0.1."""
+        """A CA in ca.pem, and a server certificate of it for the address."""
         request = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30"
         authority = "-subj /CN=TestCA -addext keyUsage=critical,keyCertSign -keyout ca.key -out ca.pem"
         server = (
-            "-subj /CN=127.0.0.1 -CA ca.pem -CAkey ca.key -addext subjectAltName=IP:127.0.0.1 "
+            f"-subj /CN={self.address} -CA ca.pem -CAkey ca.key -addext subjectAltName=IP:{self.address} "
             "-addext basicConstraints=critical,CA:FALSE -keyout server.key -out server.pem"
         )
         self._run(f"{request} {authority}".split())
@@ -200,3 +214,17 @@ class Swift(Servers):
         done = subprocess.run([str(a) for a in argv], cwd=self.directory, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{argv[0]} failed:\n{done.stderr[-2000:]}")
+
+
+def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    Swift.address, directory = sys.argv[1:]
+    with Swift(directory) as swift:
+        names = ("endpoint", "access_key", "secret_key", "ca_bundle")
+        print(json.dumps({name: str(getattr(swift, name)) for name in names}), flush=True)
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+POLICIES = Path(__file__).parents[2] / "inventories" / "single_node" / "policies"
 HUB_NAME = "google/gemma-2-9b"  # what a published adapter says of its base; it must never be looked up
 
 
@@ -115,8 +116,8 @@ def _tokenizer() -> Any:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    policies = sorted((Path(__file__).parent / "policies").glob("*.txt"))
-    tokenizer.train_from_iterator([path.read_text(encoding="utf-8") for path in policies], trainer)
+    texts = [path.read_text(encoding="utf-8") for path in sorted(POLICIES.glob("*.txt"))]
+    tokenizer.train_from_iterator(texts, trainer)
     bos = tokenizer.token_to_id("<bos>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
     return PreTrainedTokenizerFast(

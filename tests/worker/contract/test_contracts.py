@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -341,13 +342,17 @@ def run(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def complaints(ended: subprocess.CompletedProcess[str]) -> list[str]:
-    """The keys complained of, one a line; checks that nothing else and no secret is said."""
+def complaints(ended: subprocess.CompletedProcess[str], *, events: bool = False) -> list[str]:
+    """The keys complained of, one a line; checks that nothing else and no secret is said. Workers do it by events."""
     assert ended.returncode == 78, ended.stderr
     assert ended.stdout == ""
     assert "hunter2" not in ended.stderr.casefold()
     assert "pattern" not in ended.stderr
     lines = ended.stderr.splitlines()
+    if events:
+        told = [json.loads(line) for line in lines]
+        assert {event["level"] for event in told} == {"critical"}
+        lines = [f"lab-audio: {event['reason']}" for event in told]
     named = [re.match(r"lab-audio: ([A-Z0-9_]+): \S", line) for line in lines]
     assert all(named), lines
     return [match[1] for match in named if match]
@@ -355,14 +360,14 @@ def complaints(ended: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.mark.parametrize("worker", WORKERS)
 def test_each_missing_setting_is_one_line_and_the_exit_code_78(worker: str) -> None:
-    named = complaints(run(worker))
+    named = complaints(run(worker), events=True)
     assert sorted(named) == sorted(REQUIRED[worker])
 
 
 @pytest.mark.parametrize("worker", WORKERS)
 def test_each_wrong_setting_is_one_line_without_its_value(worker: str) -> None:
     wrong = WRONG_OF[worker]
-    assert sorted(complaints(run(worker, **{**GOOD, **wrong}))) == sorted(wrong)
+    assert sorted(complaints(run(worker, **{**GOOD, **wrong}), events=True)) == sorted(wrong)
 
 
 @pytest.mark.parametrize("command", ["migrate", "status", "pause --all", "resume h1", f"fetch-archive {BATCH}"])
@@ -422,6 +427,11 @@ def test_every_command_explains_itself(command: str) -> None:
     assert helped.returncode == 0
     assert "Usage: lab-audio" in helped.stdout
     assert len([line for line in helped.stdout.splitlines() if line.strip()]) > 3
+
+
+def test_the_version_is_told() -> None:
+    said = run("--version")
+    assert (said.returncode, said.stdout) == (0, f"{metadata.version('lab-audio')}\n")
 
 
 def test_a_ledger_that_refuses_is_a_matter_of_configuration(env: dict[str, str]) -> None:

@@ -125,6 +125,7 @@ def test_status_tells_hosts_queues_and_no_open_batch(lab: Lab, workers: Workers,
     assert (host["host"], host["paused"]) == ("h1", False)
     assert host["silent_seconds"] < 60 and host["gpu_silent_seconds"] < 60
     assert view["queues"] == {"unpack": 0, "transcribe": 0, "dead": 0}
+    assert view["oldest_seconds"] == dict.fromkeys(view["queues"])
 
 
 def test_an_archive_of_another_client_is_processed_and_flagged(lab: Lab, workers: Workers, pushed: None) -> None:

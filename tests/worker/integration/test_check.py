@@ -34,6 +34,13 @@ def test_a_source_that_is_not_there(env: dict[str, str], tmp_path: Path) -> None
     assert f"SOURCE: directory {tmp_path}/gone cannot be entered" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["HOST_GRACE_SECONDS", "RETENTION_DAYS"])
+def test_a_wrong_setting_of_a_job(env: dict[str, str], name: str) -> None:
+    result = check(**{name: "-1"})
+    assert result.exit_code == 78
+    assert f"{name}: " in result.stderr
+
+
 @pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_URL"])
 def test_a_wrong_password(env: dict[str, str], name: str) -> None:
     result = check(**{name: other_password(env[name])})

@@ -22,7 +22,7 @@ if os.environ.get("REQUIRE_ALL") != "1":
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Model
 
-SAMPLES = Path(__file__).parents[2] / "stack" / "policies"
+SAMPLES = Path(__file__).parents[3] / "inventories" / "single_node" / "policies"
 POLICIES = load_policies(SAMPLES)
 SHORT = Policy("short", "Spam is not wanted.", "0" * 64)
 TEXTS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from lab_audio import ledger
 from lab_audio.config import LedgerSettings, load
 from lab_audio.contracts import Classification, Result, Transcript, item_of
+from lab_audio.errors import Fatal
 from lab_audio.ledger import Archive, NewItem
 
 PROGRAM = Path(sys.executable).with_name("lab-audio")
@@ -226,6 +228,26 @@ def test_a_migration_that_cannot_be_done_leaves_the_database_as_it_was(database:
     ]
 
 
+def test_tables_of_a_newer_release_are_worked_on_and_left_as_they_are(database: Any) -> None:
+    """Hosts are upgraded one after the other, and may go back."""
+    migrate()
+    rows(database, "UPDATE alembic_version SET version_num = '9999'")
+    before = shape(database)
+    said = migrate()
+    assert said.startswith("ledger at revision 9999, newer than this release's") and "was" not in said
+    assert shape(database) == before
+    use(database)
+
+
+def test_tables_of_an_older_release_are_refused(database: Any) -> None:
+    migrate()
+    rows(database, "UPDATE alembic_version SET version_num = '0001'")
+    engine = ledger.open_ledger(load(LedgerSettings))
+    with pytest.raises(Fatal, match="`lab-audio migrate`"):
+        ledger.check_migrated(engine)
+    engine.dispose()
+
+
 @pytest.mark.parametrize("worker", ["transfer-worker", "unpack-worker", "gpu-worker"])
 @pytest.mark.parametrize("tables", ["none", "older"])
 def test_a_worker_says_that_the_database_is_not_migrated(
@@ -241,5 +263,5 @@ def test_a_worker_says_that_the_database_is_not_migrated(
     _, complained = process.communicate(timeout=60)
     assert process.returncode == 70, complained
     (line,) = complained.splitlines()
-    assert line.startswith("lab-audio: ") and "`lab-audio migrate`" in line
+    assert "`lab-audio migrate`" in json.loads(line)["reason"]
     assert list(tmp_path.iterdir()) == []

@@ -32,7 +32,7 @@ def works(monkeypatch: pytest.MonkeyPatch) -> None:
 def encode(tmp_path: Path) -> ledger.NewItem:
     row = ledger.NewItem(NAME, item_of(NAME), NAME)
     with canary.MP3.open("rb") as mp3:
-        return unpack_worker.encode(row, mp3, tmp_path, 24_000)
+        return unpack_worker.encode(row, mp3, tmp_path, 24_000, 1)
 
 
 def attempt(

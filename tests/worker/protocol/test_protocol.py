@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from lab_audio import ledger, queues, s3_utils
+from lab_audio import ledger, queues, s3_utils, source
 from lab_audio.config import GpuSettings, TransferSettings, UnpackSettings
 from lab_audio.contracts import item_of, opus_path
-from lab_audio.errors import ConfigError, Fatal, Permanent
+from lab_audio.errors import ConfigError, Fatal, Permanent, Retryable
 from lab_audio.jobs import TranscribeJob
 from lab_audio.media import sandbox, transcode
 from lab_audio.workers import gpu_worker, transfer_sounds
@@ -277,6 +277,30 @@ def run_transfer(world: World, **settings: str) -> None:
 def listing(world: World) -> list[str]:
     root = world.directory / "source"
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_ledger_knows_when_the_source_was_last_looked_at(
+    world: World, monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    class OneLook(Stop):
+        def wait(self, seconds: float) -> bool:
+            self.event.set()
+            return True
+
+    stop = OneLook()
+    world.sql("DELETE FROM runs WHERE job = 'source'")
+    run_transfer(world)
+    assert "source" not in ledger.last_runs(world.engine)  # who comes once is not waited for
+
+    def away(*_: object) -> None:
+        stop.event.set()
+        raise Retryable("the source is away")
+
+    if not answers:
+        monkeypatch.setattr(source, "settled", away)
+    transfer_sounds.run(world.load(TransferSettings), stop)
+    assert ("source" in ledger.last_runs(world.engine)) == answers
 
 
 @pytest.mark.parametrize("fate", ["keep", "move", "delete"])

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
-from lab_audio import ledger, s3_utils, scratch
+from lab_audio import ledger, metrics, s3_utils, scratch
 from lab_audio.config import GpuSettings, UnpackSettings
 from lab_audio.contracts import Classification, Result, Transcript
 from lab_audio.errors import Fatal, Permanent, Retryable
@@ -27,6 +29,7 @@ from lab_audio.workers.host import open_host, open_inbox
 from lab_audio.workers.loop import Stop, exit_code
 from lab_audio.workers.recognition import Models
 
+from models import POLICIES
 from world import (
     MODELS,
     POISON,
@@ -40,6 +43,7 @@ from world import (
     world_client,
 )
 
+PROGRAM = Path(sys.executable).with_name("lab-audio")
 NAMES = [f"{n}.mp3" for n in range(12)]
 SICK, HUNG = 70, 1
 
@@ -207,6 +211,32 @@ def test_models_that_answer_nonsense_claim_nothing_and_are_not_said_to_be_ready(
     assert world.client.lrange("transcribe:h1", 0, -1) == jobs
     assert world.rows("SELECT gpu_seen_at FROM hosts WHERE host = 'h1'") == [(None,)]
     assert nothing_is_blamed(world)
+
+
+def test_a_worker_whose_libraries_cannot_be_imported_ends(world: World) -> None:
+    """Another process would do no better."""
+    for path in ("models/whisperx/model.bin", "models/gemma/base/config.json", "models/gemma/cope/adapter_config.json"):
+        (world.directory / path).parent.mkdir(parents=True)
+        (world.directory / path).write_text("{}")
+    broken = world.directory / "broken"
+    broken.mkdir()
+    (broken / "whisperx.py").write_text("raise ImportError('libcudnn is not here')")
+    env = {
+        **os.environ,
+        "LAB_HOST": "h1",
+        "SCRATCH_ROOT": str(world.scratch("h1")),
+        "MODELS_ROOT": str(world.directory / "models"),
+        "POLICIES_DIR": str(POLICIES),
+        "DEVICES": "cpu",
+        "ALLOW_UNSANDBOXED": "true",
+        "PYTHONPATH": f"{broken}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    done = subprocess.run(
+        [str(PROGRAM), "gpu-worker"], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == SICK, done.stderr
+    assert "the models' libraries cannot be imported (libcudnn is not here)" in done.stderr
+    assert "GPU process died" not in done.stderr
 
 
 def test_bad_recordings_in_a_row_are_all_set_aside_by_a_healthy_worker(world: World) -> None:
@@ -506,6 +536,34 @@ def test_a_healthy_ffmpeg_sets_aside_what_it_cannot_encode(world: World, monkeyp
     (folder,) = world.scratch("h1").glob("2*")
     assert {path.suffix for path in folder.iterdir()} == {".opus"}
     assert len(list(folder.iterdir())) == len(NAMES) - 2
+
+
+def test_a_recording_counts_once_it_is_entered(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that this host loses while it is unpacked, and gets again."""
+    batch_id = world.plant_batch(1, [*NAMES[:2], "notes.txt"])
+    losing = [batch_id]
+
+    def encode(mp3: Any, opus: Path, **options: Any) -> transcode.Encoded:
+        if losing:
+            ledger.give_back(world.engine, losing.pop(), "h1")
+        return fake_encode(mp3, opus, **options)
+
+    def counted() -> list[float | None]:
+        outcomes = ({"outcome": outcome} for outcome in ("encoded", "dead"))
+        return [metrics.WORKER.get_sample_value("lab_audio_recordings_total", labels) or 0 for labels in outcomes]
+
+    monkeypatch.setattr(transcode, "encode", encode)
+    for outcome in ("encoded", "dead"):
+        metrics.RECORDINGS.labels(outcome).reset()
+    with capture_logs() as logs:
+        unpack_here(world)
+        assert (counted(), states(world)) == ([0, 0], {})
+        world.client.rpush("unpack", world.job(batch_id, 3))
+        unpack_here(world)
+    assert counted() == [2, 1]
+    told = [entry for entry in logs if entry["event"] in ("recording encoded", "recording set aside")]
+    assert [entry["member"] for entry in told if "reason" in entry] == ["notes.txt"]
+    assert all(entry["duration"] >= 0 for entry in told) and {entry["attempt"] for entry in told} == {1, 2}
 
 
 def test_an_ffmpeg_that_did_not_end_by_itself_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from lab_audio.errors import ConfigError
 from lab_audio.models.classifier import load_policies
 from lab_audio.models.revision import revision
 
-SAMPLES = Path(__file__).parents[2] / "stack" / "policies"
+SAMPLES = Path(__file__).parents[3] / "inventories" / "single_node" / "policies"
 
 
 def test_policies_come_by_name_with_the_hash_of_their_file(tmp_path: Path) -> None:

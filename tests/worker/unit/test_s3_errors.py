@@ -119,7 +119,17 @@ def test_deleting_what_is_not_there_is_fine(bucket: Bucket, code: str) -> None:
         store.assert_no_pending_responses()
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("batch.tar"), PermissionError("x"), Permanent("x"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("batch.tar"),
+        PermissionError("x"),
+        Permanent("x"),
+        KeyError("x"),
+        ValueError("x"),
+        OverflowError(),
+    ],
+)
 def test_what_is_not_of_the_store_passes(bucket: Bucket, error: Exception) -> None:
     with pytest.raises(type(error)) as caught, asking(bucket, "GetObject"):
         raise error
@@ -296,6 +306,58 @@ def test_a_404_to_a_part_of_an_archive_that_is_there(bucket: Bucket) -> None:
             pytest.raises(Retryable, match="though it is there"),
         ):
             stream.drain()
+
+
+def test_headers_that_are_none_of_a_store_are_asked_for_again(bucket: Bucket) -> None:
+    def answer(request: Any, **_: Any) -> AWSResponse:
+        return AWSResponse(request.url, 200, {"Content-Length": "many"}, Raw())
+
+    bucket.client.meta.events.register("before-send.s3", answer)
+    with pytest.raises(Retryable, match=r"many.*is that the store's answer"):
+        s3_utils.head_archive(BATCH, bucket=bucket)
+
+
+class Small:
+    """A store before the client; `odd`: what it answers to methods instead, once each."""
+
+    def __init__(self, bucket: Bucket, headers: dict[str, str], **odd: int) -> None:
+        self.headers, self.odd, self.objects = headers, odd, dict[str, bytes]()
+        bucket.client.meta.events.register("before-send.s3", self.answer)
+
+    def answer(self, request: Any, **_: Any) -> AWSResponse:
+        status, body = self.odd.pop(request.method, 200), b""
+        if request.method == "PUT":
+            self.objects[request.url] = request.body.read()
+        elif request.method == "DELETE":
+            self.objects.pop(request.url, None)
+        elif request.method == "GET":
+            body = self.objects.get(request.url, b"")
+        return AWSResponse(request.url, status, {**self.headers, "Content-Length": str(len(body))}, Raw(body))
+
+
+@pytest.mark.parametrize("headers", [{}, {"Date": ""}, {"Date": "soon"}])
+def test_a_store_that_tells_no_time_works_all_the_same(bucket: Bucket, headers: dict[str, str]) -> None:
+    store = Small(bucket, headers)
+    assert s3_utils.prove(bucket, "health/h1") == 0
+    assert store.objects == {}
+
+
+def test_the_clock_of_a_store(bucket: Bucket) -> None:
+    Small(bucket, {"Date": "Thu, 01 Jan 1970 00:01:00 GMT"})
+    assert s3_utils.prove(bucket, "health/h1") > 1e9
+
+
+def test_what_another_run_on_this_host_has_deleted_is_put_once_more(bucket: Bucket) -> None:
+    store = Small(bucket, {}, GET=404)
+    s3_utils.prove(bucket, "health/h1")
+    assert store.objects == {} == store.odd
+
+
+def test_an_object_that_cannot_be_read_is_not_left_behind(bucket: Bucket) -> None:
+    store = Small(bucket, {}, GET=503)
+    with pytest.raises(Retryable, match="GetObject"):
+        s3_utils.prove(bucket, "health/h1")
+    assert store.objects == {}
 
 
 def test_an_answer_without_an_etag_is_asked_for_again(bucket: Bucket, tmp_path: Path) -> None:

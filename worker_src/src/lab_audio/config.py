@@ -102,13 +102,26 @@ class StoreSettings(LedgerSettings, QueueSettings, S3Settings):
 HOST_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 
 
-class HostSettings(_Settings):
-    """Which host this is, and where its scratch lies."""
+class NamedSettings(_Settings):
+    """Which host this is."""
 
     lab_host: Annotated[str, _like(HOST_NAME, "letters, digits, '.', '_' and '-', at most 63")] = Field(
         default_factory=lambda: socket.gethostname().split(".")[0],
-        description="Name of this host in the ledger and in Redis lists (default: the host's name)",
+        description="Name of this host in the ledger, in Redis lists and in logs (default: the host's name)",
     )
+
+
+class WorkerSettings(NamedSettings):
+    """What every worker has."""
+
+    metrics_address: str = Field(
+        "127.0.0.1", description="Address at which workers serve Prometheus metrics; see docs/metrics.md for the ports"
+    )
+
+
+class HostSettings(NamedSettings):
+    """Where this host's scratch lies."""
+
     archive_after_batch: Literal["keep", "delete"] = Field(
         "keep", description="What happens to an archive once its batch is complete; one with a dead recording is kept"
     )
@@ -125,7 +138,7 @@ class MediaSettings(HostSettings):
     )
 
 
-class TransferSettings(StoreSettings):
+class TransferSettings(StoreSettings, WorkerSettings):
     """The transfer worker."""
 
     source: Annotated[
@@ -146,7 +159,7 @@ class TransferSettings(StoreSettings):
     )
 
 
-class UnpackSettings(StoreSettings, MediaSettings):
+class UnpackSettings(StoreSettings, MediaSettings, WorkerSettings):
     """The unpack worker."""
 
     transcode_threads: int = Field(
@@ -161,8 +174,8 @@ class UnpackSettings(StoreSettings, MediaSettings):
     opus_bitrate: int = Field(24_000, ge=6_000, le=256_000, description="Bits per second of the kept Opus")
 
 
-class GpuSettings(StoreSettings, MediaSettings):
-    """The GPU worker."""
+class ModelSettings(MediaSettings):
+    """Which models there are, and what they run on."""
 
     models_root: AbsolutePath = Field(Path("/data/models"), description="Directory of models: whisperx/ and gemma/")
     policies_dir: AbsolutePath = Field(
@@ -172,6 +185,11 @@ class GpuSettings(StoreSettings, MediaSettings):
         (),
         description="Comma-separated devices, one process each: cuda:0,cuda:1 or cpu (default: all GPUs, else cpu)",
     )
+
+
+class GpuSettings(StoreSettings, ModelSettings, WorkerSettings):
+    """The GPU worker."""
+
     whisper_language: Annotated[str, _like("[a-z]{2,3}", "two or three small letters, as en")] | None = Field(
         None, description="Language of all recordings (default: detected)"
     )
@@ -185,7 +203,15 @@ class GpuSettings(StoreSettings, MediaSettings):
     max_attempts: int = Field(5, ge=2, description="Tries of one recording before it is set aside")
 
 
-class ReconcileSettings(StoreSettings):
+class TextfileSettings(NamedSettings):
+    """Where what runs by a timer leaves its metrics."""
+
+    textfile_directory: AbsolutePath | None = Field(
+        None, description="Directory from which node_exporter reads *.prom files; not set: none are written"
+    )
+
+
+class ReconcileSettings(StoreSettings, TextfileSettings):
     """`lab-audio reconcile`."""
 
     host_grace_seconds: int = Field(
@@ -193,12 +219,34 @@ class ReconcileSettings(StoreSettings):
     )
 
 
-class RetentionSettings(StoreSettings, HostSettings):
-    """`lab-audio retention`."""
+class KeepingSettings(_Settings):
+    """For how long archives are kept."""
 
     retention_days: int = Field(
         7, ge=1, le=36_500, description="Days that an archive is kept once its batch is complete"
     )
+
+
+class RetentionSettings(StoreSettings, HostSettings, TextfileSettings, KeepingSettings):
+    """`lab-audio retention`."""
+
+
+class StuckSettings(_Settings):
+    """When something takes too long."""
+
+    stuck_seconds: int = Field(
+        7200,
+        ge=1,
+        description="A batch that is open for so long is a warning, one without any progress for so long is failing",
+    )
+
+
+class MetricsSettings(StoreSettings, TextfileSettings, StuckSettings, KeepingSettings):
+    """`lab-audio metrics`."""
+
+
+class HealthSettings(StoreSettings, ModelSettings, StuckSettings, KeepingSettings):
+    """`lab-audio check-health`."""
 
 
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)
@@ -219,7 +267,11 @@ def load(kind: type[SettingsT], **overrides: Any) -> SettingsT:
             name = str(problem["loc"][0]) if problem["loc"] else "settings"
             field = kind.model_fields.get(name)
             about = f" ({field.description})" if field and field.description else ""
-            what = "is missing" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ")
+            what = (
+                "is missing"
+                if problem["type"] == "missing"
+                else problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
+            )
             lines.append(f"{name.upper()}: {what}{about}")
         raise ConfigError("\n".join(lines)) from None
 

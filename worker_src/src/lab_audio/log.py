@@ -9,8 +9,8 @@ from typing import Any
 import structlog
 
 
-def configure(level: str = "INFO") -> None:
-    """Set up structlog once, at the start of a process."""
+def configure(level: str = "INFO", host: str | None = None) -> None:
+    """Set up structlog once, at the start of a process. Each event names the host; warnings of libraries are events."""
     terminal = sys.stderr.isatty()
     renderer: Any = (
         structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
@@ -22,6 +22,7 @@ def configure(level: str = "INFO") -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            lambda _logger, _method, event: {"host": host, **event} if host else event,
             *([] if terminal else [structlog.processors.format_exc_info]),
             renderer,
         ],
@@ -29,7 +30,28 @@ def configure(level: str = "INFO") -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+    logging.captureWarnings(True)
+    logging.basicConfig(handlers=[_Library()], level=logging.WARNING, force=True)
+
+
+class _Library(logging.Handler):
+    """What a library has to say, as one of our events; a call of it that is wrong never reaches its caller."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            level = min(max(round(record.levelno, -1), logging.DEBUG), logging.CRITICAL)
+            get_logger().log(level, record.getMessage().strip(), library=record.name, exc_info=record.exc_info)
+        except Exception:
+            self.handleError(record)
 
 
 def get_logger() -> Any:
     return structlog.get_logger()
+
+
+def duration(seconds: float) -> str:
+    """A time for a person, in the largest unit of which there are two."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

@@ -15,6 +15,7 @@ import re
 import shutil
 import ssl
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,8 +23,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date as calendar_date
 from datetime import datetime
+from email.utils import mktime_tz, parsedate_tz
 from itertools import islice
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
@@ -35,7 +38,7 @@ from botocore.config import Config
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from lab_audio import notify
+from lab_audio import metrics, notify
 from lab_audio.config import HostSettings, S3Settings, load
 from lab_audio.contracts import BATCH_ID, MAX_INTEGER, SourceFile, archive_key, check_batch_id, is_utf8, processed_key
 from lab_audio.errors import ConfigError, Fatal, LabAudioError, NotFound, Permanent, Retryable
@@ -65,6 +68,7 @@ __all__ = [
     "origin",
     "processed",
     "processed_dates",
+    "prove",
     "stored_at",
     "unfinished_uploads",
     "upload_archive",
@@ -74,6 +78,7 @@ __all__ = [
 
 STORE = "object store"
 ATTEMPTS = 6
+READ_SECONDS = 60.0
 MIB = 1 << 20
 PART_SIZE = 64 * MIB
 MAX_PARTS = 1000  # Swift's own default; AWS allows more
@@ -108,8 +113,10 @@ class ArchiveInfo:
     source_file: SourceFile | None = None
 
 
-def get_s3_client(settings: S3Settings | None = None, *, attempts: int = ATTEMPTS) -> Any:
-    """A boto3 S3 client that tries each request `attempts` times. Raises ConfigError."""
+def get_s3_client(
+    settings: S3Settings | None = None, *, attempts: int = ATTEMPTS, seconds: float = READ_SECONDS
+) -> Any:
+    """A boto3 S3 client that tries each request `attempts` times, `seconds` long. Raises ConfigError."""
     settings = settings or load(S3Settings)
     endpoint = urlsplit(settings.s3_endpoint)
     client = boto3.Session().client(
@@ -132,7 +139,7 @@ def get_s3_client(settings: S3Settings | None = None, *, attempts: int = ATTEMPT
             retries={"mode": "standard", "total_max_attempts": attempts},
             max_pool_connections=32,
             connect_timeout=5,
-            read_timeout=60,
+            read_timeout=seconds,
             tcp_keepalive=True,
         ),
     )
@@ -140,10 +147,12 @@ def get_s3_client(settings: S3Settings | None = None, *, attempts: int = ATTEMPT
     return client
 
 
-def open_bucket(settings: S3Settings | None = None, *, attempts: int = ATTEMPTS) -> Bucket:
+def open_bucket(
+    settings: S3Settings | None = None, *, attempts: int = ATTEMPTS, seconds: float = READ_SECONDS
+) -> Bucket:
     """The bucket of these settings, or of the environment; the store is not asked yet. Raises ConfigError."""
     settings = settings or load(S3Settings)
-    return Bucket(get_s3_client(settings, attempts=attempts), settings.s3_bucket)
+    return Bucket(get_s3_client(settings, attempts=attempts, seconds=seconds), settings.s3_bucket)
 
 
 def check_bucket(bucket: Bucket) -> None:
@@ -153,6 +162,35 @@ def check_bucket(bucket: Bucket) -> None:
             bucket.client.head_bucket(Bucket=bucket.name)
     except NotFound:
         raise Fatal(f"{_place(bucket)} does not exist: create the bucket, or correct S3_BUCKET") from None
+
+
+def prove(bucket: Bucket, key: str) -> float:
+    """Put an object, get it and delete it. Returns by how many seconds this host's clock is ahead of the store's, 0 if
+    that tells no time.
+
+    Another run with the same key puts the same bytes; and where it deletes them in between, they are put once more.
+    """
+    check_bucket(bucket)
+    data = key.encode()
+    try:
+        try:
+            ahead, found = _put_and_get(bucket, key, data)
+        except NotFound:
+            ahead, found = _put_and_get(bucket, key, data)
+    finally:
+        _delete(bucket, key)
+    if found != data:
+        raise Retryable(f"GetObject {_place(bucket, key)}: other bytes came back than were put", STORE)
+    return ahead
+
+
+def _put_and_get(bucket: Bucket, key: str, data: bytes) -> tuple[float, bytes]:
+    with asking(bucket, "PutObject", key):
+        answer = bucket.client.put_object(Bucket=bucket.name, Key=key, Body=data)
+    told = parsedate_tz(answer["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
+    ahead = time.time() - mktime_tz(told) if told else 0.0
+    with asking(bucket, "GetObject", key):
+        return ahead, bucket.client.get_object(Bucket=bucket.name, Key=key)["Body"].read()
 
 
 def ensure_bucket(bucket: Bucket) -> bool:
@@ -232,7 +270,12 @@ def upload_archive(
             "Upload again; if it recurs, look for a bad network or disk",
             STORE,
         )
+    _count_bytes(key, "out", size)
     return key
+
+
+def _count_bytes(key: str, direction: str, count: int) -> None:
+    metrics.BYTES.labels("archive" if key.startswith("archives/") else "opus", direction).inc(count)
 
 
 def head_archive(batch_id: str, *, bucket: Bucket | None = None) -> ArchiveInfo:
@@ -393,6 +436,7 @@ class ArchiveStream(io.RawIOBase):
                     raise aws.IncompleteReadError(actual_bytes=filled, expected_bytes=length)
                 filled += count
                 notify.progress()
+            _count_bytes(self._info.key, "in", length)
         except BaseException:
             body.close()
             raise
@@ -441,6 +485,7 @@ def upload_opus(
             "Upload again; if it recurs, see that the bucket is not encrypted with SSE-KMS",
             STORE,
         )
+    _count_bytes(key, "out", len(data))
     return key
 
 
@@ -577,9 +622,17 @@ def asking(bucket: Bucket, operation: str, key: str = "") -> Iterator[None]:
         # s3transfer relies on it; something before the store said 200 for nothing.
         where = f"{operation} {_place(bucket, key)}"
         raise Retryable(f"{where}: the answer has no ETag; is that the store's answer?", STORE) from error
-    except (ValueError, ArithmeticError, RuntimeError) as error:  # botocore over headers that are none of a store
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        if not _is_of_botocore(error):
+            raise
         where = f"{operation} {_place(bucket, key)}"
         raise Retryable(f"{where}: {error}; is that the store's answer?", STORE) from error
+
+
+def _is_of_botocore(error: Exception) -> bool:
+    """Whether botocore, and none of ours after it, raised this: over headers that are none of a store."""
+    modules: list[str] = [frame.f_globals["__name__"].split(".")[0] for frame, _line in walk_tb(error.__traceback__)]
+    return [name for name in modules if name in ("botocore", "lab_audio")][-1] == "botocore"
 
 
 _RETRYABLE_CODES = frozenset(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import secrets
 import shutil
@@ -89,6 +90,23 @@ def capacity(root: Path) -> int:
     free = _free(root)
     used = sum(_allocated(batch_dir(root, batch_id)) for batch_id in batches(root))
     return used + min(free, _free(root))  # what was removed or written meanwhile counts once at most
+
+
+def disk(root: Path) -> tuple[float, float]:
+    """Bytes of the disk, and how many of them are free; NaN where it is gone."""
+    try:
+        found = os.statvfs(root)
+    except OSError:
+        return math.nan, math.nan
+    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+
+
+def fillable(root: Path) -> float:
+    """`capacity`, for the eye; NaN where the disk is gone."""
+    try:
+        return max(0, capacity(root))
+    except OSError:
+        return math.nan
 
 
 def _free(root: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lab_audio.contracts import is_utf8
-from lab_audio.workers.loop import exit_code
+from lab_audio.workers.loop import exit_code, say
 
 app = typer.Typer(
     name="lab-audio",
@@ -36,10 +36,10 @@ def _options(
     pass
 
 
-def run(act: Callable[[], object]) -> None:
+def run(act: Callable[[], object], tell: Callable[[str], None] = say) -> None:
     """Run a command's work and leave with its exit code."""
     try:
-        raise typer.Exit(exit_code(act))
+        raise typer.Exit(exit_code(act, tell))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
@@ -49,13 +49,6 @@ def utf8(value: str | None) -> str | None:
     if value is not None and not is_utf8(value):
         raise typer.BadParameter("it is not UTF-8")
     return value
-
-
-def duration(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
 
 
 def plain(value: object) -> str:

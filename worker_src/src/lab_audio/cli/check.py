@@ -34,6 +34,8 @@ def check(
 
     def act() -> None:
         settings = config.load(WORKERS[worker] if worker else config.StoreSettings)
+        for job in (config.ReconcileSettings, config.RetentionSettings):  # started by timers on any host
+            config.load(job)
         good("settings")
         if isinstance(settings, config.MediaSettings):
             transcode.ffmpeg_command()

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from prometheus_client import CollectorRegistry
 from rich import filesize
 from rich.console import Console
 
-from lab_audio import config, ledger, log, queues, s3_utils
+from lab_audio import config, ledger, log, metrics, queues, s3_utils
 from lab_audio.cli.app import app, run, utf8
 from lab_audio.contracts import UNPACK, archive_key, check_batch_id
 from lab_audio.errors import ConfigError, Permanent
@@ -27,7 +28,10 @@ def migrate() -> None:
 
     def act() -> None:
         before, after = ledger.migrate(ledger.open_ledger(config.load(config.LedgerSettings)))
-        typer.echo(f"ledger at revision {after}" + (f", was {before or 'not there'}" if before != after else ""))
+        if before is not None and before > after:
+            typer.echo(f"ledger at revision {before}, newer than this release's {after}: nothing is changed")
+        else:
+            typer.echo(f"ledger at revision {after}" + (f", was {before or 'not there'}" if before != after else ""))
 
     run(act)
 
@@ -76,12 +80,16 @@ def set_paused(host: str | None, everywhere: bool, *, paused: bool) -> None:
     run(act)
 
 
-hosts = typer.Typer(name="hosts", help="Hosts that are gone.", no_args_is_help=True)
+hosts = typer.Typer(name="hosts", help="Hosts that are gone; `lab-audio status` names all.", no_args_is_help=True)
 app.add_typer(hosts)
 
 
 @hosts.command()
-def forget(host: Annotated[str, typer.Argument(help="Host that will not come back.", callback=utf8)]) -> None:
+def forget(
+    host: Annotated[
+        str, typer.Argument(help="Host that will not come back, as `lab-audio status` names it.", callback=utf8)
+    ],
+) -> None:
     """Give a host's batches to the others. What it had finished stays; the rest is done anew.
 
     A host that lives after all does no harm: it throws away what it had in hand, and takes part again.
@@ -89,7 +97,7 @@ def forget(host: Annotated[str, typer.Argument(help="Host that will not come bac
 
     def act() -> None:
         settings = config.load(config.ReconcileSettings)
-        log.configure(settings.log_level)
+        log.configure(settings.log_level, settings.lab_host)
         stores = open_stores(settings)
         if ledger.disk_of(stores.engine, host) is None:
             known = ", ".join(view.host for view in ledger.seen_hosts(stores.engine)) or "none"
@@ -108,7 +116,11 @@ def reconcile(
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the comparison of all objects and rows.")] = False,
     after_restore: Annotated[
         bool,
-        typer.Option("--after-restore", help="The database is an older dump: learn from the stores what it lacks."),
+        typer.Option(
+            "--after-restore",
+            help="The database is an older dump, and all workers are stopped: empty Redis, and learn from the object"
+            " store what the dump lacks.",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -121,7 +133,7 @@ def reconcile(
 
     def act() -> None:
         settings = config.load(config.ReconcileSettings)
-        log.configure(settings.log_level)
+        log.configure(settings.log_level, settings.lab_host)
         stores = open_stores(settings)
         ledger.check_migrated(stores.engine)
         found: dict[str, Any] = {}
@@ -135,10 +147,31 @@ def reconcile(
             typer.echo(json.dumps(found, indent=2))
         else:
             tell(found, dry_run=dry_run)
+        if not dry_run:
+            note_reconciled(stores, settings, report, audit=not quick)
         if left := len(report.objects_without_rows) + len(report.rows_without_objects):
             raise Permanent(f"{left} objects and rows do not fit each other: see the list, and docs/operations.md")
 
     run(act)
+
+
+def note_reconciled(
+    stores: reconciling.Stores, settings: config.ReconcileSettings, report: reconciling.Report, *, audit: bool
+) -> None:
+    """Keep for check-health and Prometheus that it was done, and what it found."""
+    job = "audit" if audit else "reconcile"
+    ledger.note_run(stores.engine, job)
+    for what, which in vars(report).items():
+        metrics.FOUND.labels(job, what).set(len(which))
+    leave_figures(settings, f"lab_audio_{job}", metrics.RECONCILE)
+
+
+def leave_figures(settings: config.TextfileSettings, name: str, registry: CollectorRegistry) -> None:
+    """Leave metrics for node_exporter; what was done is done, also where that fails."""
+    try:
+        metrics.write(settings.textfile_directory, name, registry)
+    except ConfigError as error:
+        log.get_logger().warning("no figures are left for Prometheus", error=str(error))
 
 
 def open_stores(settings: config.StoreSettings) -> reconciling.Stores:
@@ -175,7 +208,7 @@ def retention(
 
     def act() -> None:
         settings = config.load(config.RetentionSettings)
-        log.configure(settings.log_level)
+        log.configure(settings.log_level, settings.lab_host)
         stores = open_stores(settings)
         ledger.check_migrated(stores.engine)
         host = retaining.host_here(stores, settings)
@@ -193,6 +226,13 @@ def retention(
         else:
             would = "to be deleted" if dry_run else "deleted"
             typer.echo(f"{len(removals)} {would}, {filesize.decimal(total)}")
+        if not dry_run:
+            ledger.note_run(stores.engine, "retention")
+            for kind in retaining.KINDS:
+                sizes = [removal.bytes for removal in removals if removal.kind == kind]
+                metrics.REMOVED.labels(kind).set(len(sizes))
+                metrics.FREED.labels(kind).set(sum(sizes))
+            leave_figures(settings, "lab_audio_retention", metrics.RETENTION)
 
     run(act)
 
@@ -204,13 +244,17 @@ def fetch_archive(
         Path | None, typer.Argument(dir_okay=False, help="File to write (default: {batch_id}.tar here).")
     ] = None,
 ) -> None:
-    """Download a batch's archive, verified by its SHA-256."""
+    """Download a batch's archive, verified by its SHA-256. A file that is there is not replaced."""
 
     def act() -> None:
         check_batch_id(batch_id)
         bucket = s3_utils.open_bucket(config.load(config.S3Settings))
         file = dest or Path(f"{batch_id}.tar")
         try:
+            if file.exists():
+                raise Permanent(f"{file} is there already")
+            if not file.parent.is_dir():
+                raise Permanent(f"{file.parent} is no directory")
             path = s3_utils.download_archive(archive_key(batch_id), batch_id, bucket=bucket, dest=file)
         except OSError as error:
             raise Permanent(f"{file} cannot be written: {error.strerror}") from None

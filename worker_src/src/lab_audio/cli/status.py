@@ -1,4 +1,4 @@
-"""`lab-audio status`."""
+"""`lab-audio status` and `lab-audio batch`: how far it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lab_audio import config, ledger, queues
-from lab_audio.cli.app import app, duration, plain, run
+from lab_audio.cli.app import app, plain, run
+from lab_audio.contracts import check_batch_id
+from lab_audio.errors import Permanent, Retryable
+from lab_audio.log import duration
+from lab_audio.operations.health import waiting
 
 
 class StatusSettings(config.LedgerSettings, config.QueueSettings):
@@ -35,21 +39,61 @@ def status(
         engine, client = ledger.open_ledger(settings), queues.open_queues(settings)
 
         def look() -> dict[str, Any]:
+            lists = waiting(engine, client)
             return {
                 "batches": [vars(batch) for batch in ledger.open_batches(engine)],
                 "hosts": [vars(host) for host in ledger.seen_hosts(engine)],
-                "queues": queues.depths(client),
+                "queues": {one.name: one.jobs for one in lists},
+                "oldest_seconds": {one.name: one.oldest_seconds for one in lists},
             }
 
         if as_json:
             typer.echo(json.dumps(look(), default=str, indent=2))
         elif watch and sys.stdout.isatty():
-            with Live(picture(look()), auto_refresh=False, screen=True) as live:
+            last = picture(look())
+            with Live(last, auto_refresh=False, screen=True) as live:
                 while True:
-                    live.update(picture(look()), refresh=True)
+                    try:
+                        last = picture(look())
+                        live.update(last, refresh=True)
+                    except Retryable as error:
+                        live.update(Group(Text(f"not now: {error}", style="red"), "", last), refresh=True)
                     sleep(1)
         else:
             Console(width=None if sys.stdout.isatty() else 10_000).print(picture(look()))
+
+    run(act)
+
+
+@app.command()
+def batch(
+    batch_id: Annotated[str, typer.Argument(help="Batch, e.g. 20250622-143052-a1b2c3.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show each recording of a batch on a line: its state, attempts and reason; on a terminal also the batch itself."""
+
+    def act() -> None:
+        engine = ledger.open_ledger(config.load(config.LedgerSettings))
+        found = ledger.whole_batch(engine, check_batch_id(batch_id))
+        if found is None:
+            raise Permanent(f"{batch_id}: no batch has this id")
+        items = ledger.batch_items(engine, batch_id)
+        if as_json:
+            typer.echo(json.dumps({**found, "recordings": [vars(item) for item in items]}, default=str, indent=2))
+            return
+        console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+        if sys.stdout.isatty():
+            for key, value in found.items():
+                if value not in (None, []):
+                    console.print(f"{key.replace('_', ' '):16} {plain(value)}", markup=False)
+            console.print()
+        wide = (Column(name, overflow="fold") for name in ("member", "reason"))
+        table = Table("audio_id", "item", "state", "attempts", "host", "seconds", *wide, box=None)
+        for item in items:
+            seconds = None if item.seconds is None else f"{item.seconds:.1f}"
+            cells = (item.audio_id, item.item, item.state, item.attempts, item.host, seconds, item.member, item.reason)
+            table.add_row(*(Text("-" if cell is None else plain(cell)) for cell in cells))
+        console.print(table)
 
     run(act)
 
@@ -79,14 +123,19 @@ def picture(view: dict[str, Any]) -> Group:
     hosts = Table("host", "seen", "gpu worker", "", box=None, title="hosts")
     for h in view["hosts"]:
         hosts.add_row(
-            h["host"],
+            Text(plain(h["host"])),
             ago(h["silent_seconds"]),
             ago(h["gpu_silent_seconds"]),
-            " ".join(["[yellow]paused[/]"] * h["paused"] + ["[red]no sandbox[/]"] * bool(h["unsandboxed"])),
+            " ".join(
+                ["[red]lost[/]"] * h["lost"]
+                + ["[yellow]paused[/]"] * h["paused"]
+                + ["[red]no sandbox[/]"] * bool(h["unsandboxed"])
+            ),
         )
-    lists = Table("list", "jobs", box=None, title="queues")
-    for name, depth in view["queues"].items():
-        lists.add_row(name, str(depth))
+    lists = Table("list", "jobs", "oldest", box=None, title="queues")
+    for name, jobs in view["queues"].items():
+        oldest = view["oldest_seconds"][name]
+        lists.add_row(Text(plain(name)), str(jobs), "-" if oldest is None else duration(oldest))
     return Group(
         batches if view["batches"] else "no open batches",
         "",

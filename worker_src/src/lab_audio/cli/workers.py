@@ -9,9 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lab_audio import config, log
+from lab_audio import config, log, metrics
 from lab_audio.cli.app import app, run
-from lab_audio.workers.loop import Stop
+from lab_audio.release import release
+from lab_audio.workers.loop import Stop, say_last
 
 SETTINGS: dict[str, type[config.LedgerSettings]] = {
     "transfer-worker": config.TransferSettings,
@@ -19,18 +20,23 @@ SETTINGS: dict[str, type[config.LedgerSettings]] = {
     "gpu-worker": config.GpuSettings,
     "reconcile": config.ReconcileSettings,
     "retention": config.RetentionSettings,
+    "metrics": config.MetricsSettings,
+    "check-health": config.HealthSettings,
 }
 
 
-def work(kind: type[Any], worker: Callable[[Any, Stop], object]) -> None:
+def work(name: str, worker: Callable[[Any, Stop], object]) -> None:
     """Run a worker until SIGTERM or Ctrl-C."""
 
     def act() -> None:
-        settings = config.load(kind)
-        log.configure(settings.log_level)
+        log.configure()  # settings that are wrong are an event, too
+        settings: Any = config.load(SETTINGS[name])
+        log.configure(settings.log_level, settings.lab_host)
+        metrics.RELEASE.labels(release()).set(1)
+        metrics.serve(settings.metrics_address, metrics.PORTS[name])
         worker(settings, Stop().on_signals())
 
-    run(act)
+    run(act, say_last)
 
 
 @app.command()
@@ -44,7 +50,7 @@ def transfer_worker(
     """
     from lab_audio.workers import transfer_sounds
 
-    work(config.TransferSettings, lambda settings, stop: transfer_sounds.run(settings, stop, once=once))
+    work("transfer-worker", lambda settings, stop: transfer_sounds.run(settings, stop, once=once))
 
 
 @app.command()
@@ -55,7 +61,7 @@ def unpack_worker() -> None:
     """
     from lab_audio.workers import unpack_worker
 
-    work(config.UnpackSettings, unpack_worker.run)
+    work("unpack-worker", unpack_worker.run)
 
 
 @app.command()
@@ -66,7 +72,7 @@ def gpu_worker() -> None:
     """
     from lab_audio.workers import gpu_worker
 
-    work(config.GpuSettings, gpu_worker.run)
+    work("gpu-worker", gpu_worker.run)
 
 
 @app.command()

@@ -68,7 +68,7 @@ def translated(engine: Engine) -> Iterator[None]:
     try:
         yield
     except (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError) as error:
-        cause = " ".join(str(getattr(error, "orig", None) or error).split())
+        cause = "; ".join(map(str.strip, str(getattr(error, "orig", None) or error).strip().splitlines()))
         if any(sign in cause for sign in MISCONFIGURED):
             raise ConfigError(f"DATABASE_URL: {where} refused: {cause}") from None
         code = getattr(getattr(error, "orig", None), "pgcode", None)
@@ -98,11 +98,12 @@ def _alembic() -> Config:
 
 
 def migrate(engine: Engine) -> tuple[str | None, str]:
-    """Bring the tables to this release, also those of the older system. Returns the revisions before and after.
+    """Bring the tables to this release, also those of the older system; newer ones are left as they are. Returns the
+    revision that was there, and this release's.
 
     Runs in one transaction under an advisory lock, so that two at once do no harm.
     """
-    config = _alembic()
+    config, head = _alembic(), _head()
     extensions.set_wait_callback(None)  # a migration may take its time
     try:
         with transaction(engine) as connection:
@@ -110,11 +111,17 @@ def migrate(engine: Engine) -> tuple[str | None, str]:
             connection.execute(text("SET LOCAL lock_timeout = 0"))
             connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('lab_audio migrate', 0))"))
             before = MigrationContext.configure(connection).get_current_revision()
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            if before is None or before < head:
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
     finally:
         extensions.set_wait_callback(_wait)
-    return before, str(ScriptDirectory.from_config(config).get_current_head())
+    return before, head
+
+
+def _head() -> str:
+    """The revision of this release's tables: four digits, which grow."""
+    return str(ScriptDirectory.from_config(_alembic()).get_current_head())
 
 
 def check_answers(engine: Engine) -> None:
@@ -124,9 +131,9 @@ def check_answers(engine: Engine) -> None:
 
 
 def check_migrated(engine: Engine) -> None:
-    """Raises Fatal unless the tables are those of this release."""
-    head = ScriptDirectory.from_config(_alembic()).get_current_head()
+    """Raises Fatal where the tables are older than this release; newer ones have all that it uses."""
+    head = _head()
     with transaction(engine) as connection:
         found = MigrationContext.configure(connection).get_current_revision()
-    if found != head:
+    if found is None or found < head:
         raise Fatal(f"the ledger's tables are at revision {found}, this release needs {head}; run `lab-audio migrate`")

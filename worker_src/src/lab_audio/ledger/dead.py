@@ -16,7 +16,14 @@ from lab_audio.ledger.connection import transaction
 
 PAGE = 1000
 BROKEN_ARCHIVE = "EXISTS (SELECT FROM unnest(flags) AS flag WHERE flag LIKE 'archive:%')"
-DEAD_BATCH = f"(state = 'failed' OR state = 'complete' AND {BROKEN_ARCHIVE})"
+DEAD_BATCH = f"(state = 'failed' OR state = 'complete' AND flags <> '{{}}' AND {BROKEN_ARCHIVE})"
+# A batch b whose archive may go `:days` after its end: nothing in it is dead, or all that is was dropped.
+EXPIRED = (
+    "state = 'complete' AND complete_at <= now() - make_interval(days => :days)"
+    f" AND (dropped_at IS NOT NULL OR flags = '{{}}' OR :days > 0 AND NOT {BROKEN_ARCHIVE})"
+    " AND NOT EXISTS (SELECT FROM audio_files a WHERE a.batch_id = b.batch_id AND a.state = 'dead'"
+    " AND a.dropped_at IS NULL)"
+)
 
 
 @dataclass(frozen=True)
@@ -219,10 +226,8 @@ def expire_archive(engine: Engine, batch_id: str, *, days: int = 0, dry_run: boo
         connection.execute(text("SELECT FROM batches WHERE batch_id = :id FOR UPDATE"), {"id": batch_id})
         expired = connection.execute(
             text(
-                "SELECT archive_gone_at IS NOT NULL OR complete_at <= now() - make_interval(days => :days)"
-                f" AND (dropped_at IS NOT NULL OR flags = '{{}}' OR :days > 0 AND NOT {BROKEN_ARCHIVE})"
-                " AND NOT EXISTS (SELECT FROM audio_files a WHERE a.batch_id = b.batch_id AND a.state = 'dead'"
-                " AND a.dropped_at IS NULL) FROM batches b WHERE batch_id = :id AND state = 'complete'"
+                f"SELECT archive_gone_at IS NOT NULL OR {EXPIRED} FROM batches b"
+                " WHERE batch_id = :id AND state = 'complete'"
             ),
             {"id": batch_id, "days": days},
         ).scalar_one_or_none()

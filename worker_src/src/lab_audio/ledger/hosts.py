@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from lab_audio.ledger.connection import transaction
 
 EVERYWHERE = "*"
 BEAT_SECONDS = 20
-SILENT_AFTER = "interval '2 minutes'"
+SILENT_SECONDS = 120
+SILENT_AFTER = f"interval '{SILENT_SECONDS} seconds'"
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,16 @@ class Lost:
 
 @contextmanager
 def registering(
-    engine: Engine, host: str, scratch_id: str, scratch_root: Path, *, kind: str = "", unsandboxed: bool = False
+    engine: Engine,
+    host: str,
+    scratch_id: str,
+    scratch_root: Path,
+    *,
+    kind: str = "",
+    release: str = "",
+    unsandboxed: bool = False,
 ) -> Iterator[Lost | None]:
-    """Note this host, its disk, and whether its workers of a kind go without a sandbox.
+    """Note this host, its disk, and of its workers of a kind the release and whether they go without a sandbox.
 
     Raises Fatal while another disk still beats under the same name. Once that one is silent, what lay on it is lost
     (LOST): then yields its batches, as `losing` does; else None.
@@ -56,9 +65,17 @@ def registering(
             text(
                 "UPDATE hosts SET scratch_id = :id, scratch_root = :root, seen_at = now(), doubted_at = NULL,"
                 " unsandboxed = array_remove(unsandboxed, :kind) || CASE WHEN :unsandboxed THEN ARRAY[:kind] END,"
+                " releases = releases || CAST(:releases AS jsonb),"
                 " scratch_bytes = CASE WHEN scratch_id = :id THEN scratch_bytes END WHERE host = :host"
             ),
-            {"host": host, "id": scratch_id, "root": str(scratch_root), "kind": kind, "unsandboxed": unsandboxed},
+            {
+                "host": host,
+                "id": scratch_id,
+                "root": str(scratch_root),
+                "kind": kind,
+                "unsandboxed": unsandboxed,
+                "releases": json.dumps({kind: release} if kind else {}),
+            },
         )
         yield lost
 
@@ -72,6 +89,15 @@ def beat(engine: Engine, host: str, *, gpu: bool) -> None:
                 " gpu_seen_at = CASE WHEN :gpu THEN now() ELSE gpu_seen_at END WHERE host = :host"
             ),
             {"host": host, "gpu": gpu},
+        )
+
+
+def note_models(engine: Engine, host: str, revisions: Mapping[str, str]) -> None:
+    """Keep which models this host's GPU worker has loaded."""
+    with transaction(engine) as connection:
+        connection.execute(
+            text("UPDATE hosts SET models = CAST(:models AS jsonb) WHERE host = :host"),
+            {"host": host, "models": json.dumps(dict(revisions))},
         )
 
 
@@ -123,7 +149,8 @@ def losing(engine: Engine, host: str, *, unless_seen: bool = False) -> Iterator[
     """LOST: a host and its scratch are gone. Yields its batches, for Redis to forget them.
 
     What was open is `uploaded` again when the block ends, and nothing is undone by a host that lives after all: it
-    finds that the batches are not its own. With `unless_seen` yields None for a host that beats again.
+    finds that the batches are not its own. With `unless_seen` yields None for a host that beats again; one that does
+    not is shown as lost until it does, or is forgotten.
     """
     with transaction(engine) as connection:
         row = connection.execute(
@@ -134,8 +161,11 @@ def losing(engine: Engine, host: str, *, unless_seen: bool = False) -> Iterator[
             return
         lost = _lose(connection, host)
         connection.execute(
-            text("UPDATE hosts SET seen_at = NULL, gpu_seen_at = NULL, doubted_at = NULL WHERE host = :host"),
-            {"host": host},
+            text(
+                "UPDATE hosts SET seen_at = NULL, gpu_seen_at = NULL, doubted_at = NULL,"
+                " silent_since = CASE WHEN :shown THEN coalesce(seen_at, silent_since) END WHERE host = :host"
+            ),
+            {"host": host, "shown": unless_seen},
         )
         yield lost
 

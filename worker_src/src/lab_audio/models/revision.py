@@ -33,3 +33,22 @@ def revision(directory: Path) -> str:
                 file.seek(max(_MIB, size - _MIB))
                 digest.update(file.read(_MIB))
     return digest.hexdigest()[:16]
+
+
+def damage(directory: Path) -> list[str]:
+    """Files that the directory's manifest.json names and that are missing or of another size; none without one.
+
+    Raises OSError, ValueError where the manifest cannot be read.
+    """
+    path = directory / "manifest.json"
+    if not path.exists():
+        return []
+    try:
+        named = {file["path"]: file["size"] for file in json.loads(path.read_text(encoding="utf-8"))["files"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a manifest") from error
+    return sorted(name for name, size in named.items() if _size(directory / name) != size)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None

@@ -15,11 +15,15 @@ from lab_audio.errors import ConfigError, Fatal, LabAudioError
 _GPU_ERROR = re.compile(r"cuda|cublas|cudnn|device-side assert|hip error", re.IGNORECASE)
 
 
+class MissingLibrary(Fatal):
+    """A library of the models cannot be imported here."""
+
+
 @contextmanager
 def offline_imports(models_root: Path) -> Iterator[None]:
     """Import the models' libraries inside this: they then load local files only and report to nobody.
 
-    Raises Fatal where a library is missing.
+    Raises MissingLibrary.
     """
     os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
     os.environ["PYANNOTE_METRICS_ENABLED"] = "false"
@@ -33,7 +37,7 @@ def offline_imports(models_root: Path) -> Iterator[None]:
         for chatty in ("lightning", "lightning.pytorch", "pytorch_lightning", "whisperx"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
     except (ImportError, OSError) as error:  # OSError: a shared library that does not load
-        raise Fatal(
+        raise MissingLibrary(
             f"the models' libraries cannot be imported ({error}): install the package with its extra [gpu]"
         ) from error
 

@@ -18,6 +18,7 @@ from lab_audio.operations.reconcile import Stores
 from lab_audio.workers.host import Host, strays, tidy_batch
 
 UPLOAD_AGE = timedelta(hours=24)
+KINDS = ("archive", "upload", "scratch")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +64,7 @@ def check_answers(client: redis.Redis) -> None:
 
 def _where(client: redis.Redis) -> str:
     options = client.connection_pool.connection_kwargs
-    return f"Redis at {options.get('path') or '{}:{}'.format(options.get('host'), options.get('port'))}"
+    return f"Redis at {options.get('path') or '{}:{}'.format(options.get('host'), options.get('port', 6379))}"
 
 
 def _run(client: redis.Redis, script: str, keys: list[str], arguments: Iterable[str | int]) -> int:
@@ -271,6 +273,12 @@ def dead_payloads(client: redis.Redis) -> list[str]:
         return [str(payload) for payload in dict.fromkeys(client.lrange(DEAD, 0, -1))]
 
 
+def count_dead(client: redis.Redis) -> int:
+    """How many payloads were set aside."""
+    with _translated(client):
+        return int(client.llen(DEAD))
+
+
 def revive(client: redis.Redis, payload: str, to: str) -> bool:
     """Move a payload that was set aside to a list. False if it is not there any more."""
     return _run(client, "move", [DEAD, to], [payload, "tail"]) == 1
@@ -282,11 +290,61 @@ def discard(client: redis.Redis, payload: str) -> None:
         client.lrem(DEAD, 0, payload)
 
 
-def depths(client: redis.Redis) -> dict[str, int]:
-    """Length of `unpack`, `transcribe`, each host's transcribe list, and `dead`."""
+def lists(client: redis.Redis) -> dict[str, tuple[int, str | None]]:
+    """Length and oldest payload of `unpack`, `transcribe`, each host's transcribe list, and `dead`.
+
+    Anyone may name a key; what no host can have made is passed over.
+    """
     with _translated(client):
-        names = [UNPACK, TRANSCRIBE, *sorted(client.scan_iter(match=f"{TRANSCRIBE}:*", count=1000)), DEAD]
+        found = client.scan_iter(match=f"{TRANSCRIBE}:*", count=1000, _type="list")
+        hosts = (name for name in found if re.fullmatch(HOST_NAME, name.removeprefix(f"{TRANSCRIBE}:")))
+        names = [UNPACK, TRANSCRIBE, *sorted(hosts), DEAD]
         pipeline = client.pipeline(transaction=False)
         for name in names:
             pipeline.llen(name)
-        return dict(zip(names, pipeline.execute(), strict=True))
+            pipeline.lindex(name, 0)
+        answers = pipeline.execute()
+    return {name: (answers[2 * place], answers[2 * place + 1]) for place, name in enumerate(names)}
+
+
+def refusal(client: redis.Redis) -> str | None:
+    """Why Redis would take no job: its disk, its memory, another that it follows. None if it would."""
+    with _translated(client):
+        try:
+            client.rpushx("lab_audio:none", "")  # refused as RPUSH is, and changes nothing where there is no such list
+        except redis.ResponseError as error:
+            return str(error)
+    return None
+
+
+@dataclass(frozen=True)
+class Server:
+    """`seconds`: of one answer. `persistent`: what it holds outlives a restart; `used` and `most`: bytes of memory.
+
+    `rewrites`: its append-only file does not grow for ever.
+    """
+
+    seconds: float
+    persistent: bool
+    rewrites: bool
+    policy: str
+    used: int
+    most: int
+
+
+def server(client: redis.Redis) -> Server:
+    """How Redis itself is. Raises ConfigError where its user may not ask for INFO."""
+    with _translated(client):
+        client.echo("")  # PING is refused where writes are
+        began = time.monotonic()
+        client.echo("")
+        seconds = time.monotonic() - began
+        info: dict[str, Any] = client.info()
+    return Server(
+        seconds,
+        persistent=bool(info["aof_enabled"]),
+        rewrites=info["aof_last_bgrewrite_status"] == "ok",
+        policy=info["maxmemory_policy"],
+        used=info["used_memory"],
+        most=info["maxmemory"] or info["total_system_memory"],
+    )

@@ -15,19 +15,21 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lab_audio import ledger, log, notify, queues, s3_utils, scratch
+from lab_audio import ledger, log, metrics, notify, queues, s3_utils, scratch
 from lab_audio.config import GpuSettings
 from lab_audio.contracts import (
     TRANSCRIBE,
@@ -42,6 +44,7 @@ from lab_audio.errors import ConfigError, Fatal, LabAudioError, Permanent, Retry
 from lab_audio.jobs import parse_transcribe_job
 from lab_audio.ledger import Item
 from lab_audio.media import transcode
+from lab_audio.models.runtime import MissingLibrary
 from lab_audio.workers.host import (
     Host,
     attend,
@@ -54,16 +57,19 @@ from lab_audio.workers.host import (
     return_batch,
     tidy_batch,
 )
-from lab_audio.workers.loop import Stop, Stopped, exit_code, in_background, patiently
+from lab_audio.workers.loop import Stop, Stopped, exit_code, in_background, patiently, say_last
 from lab_audio.workers.recognition import Models, joined, load_models, prove, watchdog
 
 IDLE_SECONDS = 2
 WATCH_SECONDS = 1.0
+REPORT_SECONDS = 5.0
 LOAD_SECONDS = 1800.0
 HAND_BACK_SECONDS, HAND_BACK_PAUSE = 10.0, 0.5
 STEADY_SECONDS = 600.0
 TURNED_SICK = "its worker turned sick"
 PR_SET_PDEATHSIG = 1
+NO_LIBRARIES = 69
+HOPELESS = {ConfigError.exit_code: ConfigError, NO_LIBRARIES: Fatal}  # by a process's exit code: another ends alike
 RESULT: TypeAdapter[Result] = TypeAdapter(Result)
 
 
@@ -84,6 +90,20 @@ class Work:
     result: Result | None = None
     failure: str | None = None
     refused: bool = False
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def log(self) -> Any:
+        """A logger that names the recording, how often it was begun, and how long it has been here."""
+        item = self.item
+        return log.get_logger().bind(
+            batch_id=item.batch_id,
+            item=self.opus.stem,
+            audio_id=item.audio_id,
+            member=item.member,
+            attempt=item.attempts + self.begun,
+            duration=round(time.monotonic() - self.since, 3),
+        )
 
     @property
     def result_path(self) -> Path:
@@ -111,7 +131,7 @@ class Work:
         self.refused = isinstance(error, Permanent)
         self.failure = plain(str(error) if self.refused else f"{type(error).__name__}: {error}")
         if not self.refused:
-            log.get_logger().error("went wrong", audio_id=self.item.audio_id, exc_info=error)
+            self.log.error("went wrong", exc_info=error)
 
 
 def plain(text: str) -> str:
@@ -142,17 +162,20 @@ class Slot:
         self.behind: deque[tuple[Work, Future[None]]] = deque()
         self.sickness: str | None = None
         self.full = False
+        self.accounted = 0.0
 
     def run(self) -> None:
         try:
             patiently(self.stop, note_deaths, self.host.engine, self.inbox)
             while not self.stop():
+                began, self.accounted = time.monotonic(), 0.0
                 self._fill()
                 self._take_in_hand()
                 self._recognise()
                 self._judge()
                 self._send_results()
                 self._reap(4 * self.settings.upload_threads)
+                metrics.MODELS.labels("wait").inc(max(0.0, time.monotonic() - began - self.accounted))
         except Stopped:
             pass
         except LabAudioError:
@@ -167,11 +190,25 @@ class Slot:
         """Claim until enough is being prepared; wait for a job only if nothing is."""
         most = self.settings.classify_batch + self.settings.decode_threads
         while len(self.ahead) < most and not self.stop():
-            wait = 0 if self.ahead else IDLE_SECONDS
-            job = patiently(self.stop, self.inbox.claim, wait)
+            if self.ahead:
+                job = patiently(self.stop, self.inbox.claim, 0)
+            else:
+                with self._accounting("idle"):
+                    job = patiently(self.stop, self.inbox.claim, IDLE_SECONDS)
             if job is None:
                 return
             self.ahead.append((job, self.decoders.submit(self._prepare, job)))
+
+    @contextmanager
+    def _accounting(self, doing: str) -> Iterator[None]:
+        """Count this time for what the process does; what is counted for nothing else is waited."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - began
+            self.accounted += seconds
+            metrics.MODELS.labels(doing).inc(seconds)
 
     def _prepare(self, job: str) -> Work | None:
         """Find what a job is about, and decode it unless it was tried before. None if nothing is to be done: the job
@@ -221,7 +258,8 @@ class Slot:
             if work.windows is None:
                 longest = None if work.item.seconds is None else 60 + work.item.seconds
                 work.windows = transcode.decode(work.opus, timeout=longest or 60, longest=longest)
-            work.samples = next(work.windows, None)
+            with metrics.stage("decode"):
+                work.samples = next(work.windows, None)
         except FileNotFoundError:
             self._give_up_scratch(work)
             return False
@@ -328,7 +366,7 @@ class Slot:
         if not spoken:
             return
         try:
-            with watchdog(heard):
+            with watchdog(heard), self._accounting("work"), metrics.stage("classify"):
                 verdicts = self.models.classify([transcript.text for _work, transcript in spoken])
             for (work, transcript), verdict in zip(spoken, verdicts, strict=True):
                 work.result = Result(transcript, verdict)
@@ -344,8 +382,9 @@ class Slot:
         while work.samples is not None:
             if windows and self.stop():
                 raise Stopped
-            with watchdog(len(work.samples)):
+            with watchdog(len(work.samples)), self._accounting("work"), metrics.stage("transcribe"):
                 windows.append((len(work.samples), self.models.transcribe(work.samples)))
+            metrics.AUDIO.inc(len(work.samples) / transcode.SAMPLE_RATE)
             self._decode(work)
         return windows
 
@@ -367,6 +406,7 @@ class Slot:
         elif work.begun or self._begin(work):
             patiently(self.stop, ledger.note_error, self.host.engine, work.item.audio_id, work.failure)
             patiently(self.stop, self.inbox.move, work.job, self.inbox.source)
+            metrics.RETRIES.labels("models").inc()
 
     @contextmanager
     def _noting_sickness(self) -> Iterator[None]:
@@ -416,24 +456,27 @@ class Slot:
         item, host = work.item, self.host
         assert work.result is not None
         try:
-            key = patiently(
-                self.stop,
-                s3_utils.upload_opus,
-                work.opus,
-                item.audio_id,
-                item.date,
-                bucket=host.bucket,
-                batch_id=item.batch_id,
-                member=item.member,
-            )
+            with metrics.stage("upload"):
+                key = patiently(
+                    self.stop,
+                    s3_utils.upload_opus,
+                    work.opus,
+                    item.audio_id,
+                    item.date,
+                    bucket=host.bucket,
+                    batch_id=item.batch_id,
+                    member=item.member,
+                )
         except FileNotFoundError:
             self._give_up_scratch(work)
             return
-        settled = patiently(self.stop, ledger.finish, host.engine, item.audio_id, key, work.result)
+        with metrics.stage("enter"):
+            settled = patiently(self.stop, ledger.finish, host.engine, item.audio_id, key, work.result)
         if settled.state == "dead":
             patiently(self.stop, delete_dead_object, host.engine, host.bucket, item.audio_id, key)
         self._ack(work, settled)
-        log.get_logger().info("recording done", audio_id=item.audio_id, batch_id=item.batch_id, member=item.member)
+        metrics.RECORDINGS.labels(settled.state).inc(settled.changed)
+        work.log.info("recording done", state=settled.state, seconds=item.seconds)
 
     def _bury(self, work: Work, reason: str) -> None:
         """BURY an item, then delete an object that an earlier attempt may have put."""
@@ -446,7 +489,8 @@ class Slot:
             key = processed_key(item.date, item.audio_id)
             patiently(self.stop, delete_dead_object, host.engine, host.bucket, item.audio_id, key)
         self._ack(work, settled)
-        log.get_logger().error("recording set aside", audio_id=item.audio_id, batch_id=item.batch_id, reason=reason)
+        metrics.RECORDINGS.labels(settled.state).inc(settled.changed)
+        work.log.error("recording set aside", reason=reason)
 
     def _ack(self, work: Work, settled: ledger.Settled) -> None:
         if patiently(self.stop, self.inbox.ack, work.job, work.item.batch_id, settled.processed):
@@ -518,8 +562,11 @@ def work_slot(settings: GpuSettings, models: Callable[[], Models], stop: Stop) -
     stop.on_signals()  # until here SIGTERM just ends the process
     host = open_host(settings, stop)
     slot, inbox = open_inbox(host, "gpu")
+    patiently(stop, ledger.note_models, host.engine, host.name, loaded.revisions)
     beat(host, stop, gpu=True)
     log.get_logger().info("gpu slot ready", host=host.name, slot=slot.number)
+    for model, revision in loaded.revisions.items():
+        metrics.MODEL.labels(model, revision).set(1)
     notify.progress()
     try:
         Slot(host, inbox, loaded, settings, stop).run()
@@ -582,27 +629,31 @@ def present_devices() -> tuple[str, ...]:
 def supervise(settings: GpuSettings, devices: Sequence[str], stop: Stop) -> None:
     """Keep a process for each device: one that dies is started again, ever later if it keeps dying.
 
-    Stops with ConfigError if one finds the configuration wrong.
+    Stops with ConfigError if one finds the configuration wrong, with Fatal if it cannot import the models' libraries.
     """
     context = multiprocessing.get_context("spawn")
     children: list[BaseProcess | None] = [None] * len(devices)
     deaths = [0] * len(devices)
     due = [0.0] * len(devices)
     pulses: list[notify.Pulse] = [context.Value("d", 0.0, lock=False) for _device in devices]
+    names = [device if devices.count(device) == 1 else f"{device} {place}" for place, device in enumerate(devices)]
+    reports: dict[str, Connection] = {}
+    metrics.DEVICES.labels("wanted").set(len(devices))
     notify.status(f"loading the models on {', '.join(devices)}")
     try:
         while not stop():
             for place, device in enumerate(devices):
                 child, now = children[place], time.monotonic()
                 if child is not None and not child.is_alive():
-                    if child.exitcode == ConfigError.exit_code:
-                        stop.fail(ConfigError(f"the GPU worker cannot work on {device}; its message stands above"))
+                    if hopeless := HOPELESS.get(child.exitcode or 0):
+                        stop.fail(hopeless(f"the GPU worker cannot work on {device}; its message stands above"))
                         break
                     lived = now - due[place]
                     deaths[place] = 1 if lived > STEADY_SECONDS else deaths[place] + 1
                     pause = min(60.0, 2.0 ** min(deaths[place] - 1, 6) - 1)
                     due[place], children[place] = now + pause, None
-                    why = cause_of_death(child.exitcode or 0)
+                    how, why = cause_of_death(child.exitcode or 0)
+                    metrics.DEATHS.labels(how).inc()
                     notify.status(f"the process for {device} died: {why}")
                     log.get_logger().error(
                         "GPU process died", device=device, why=why, exit_code=child.exitcode, pause=pause
@@ -610,13 +661,19 @@ def supervise(settings: GpuSettings, devices: Sequence[str], stop: Stop) -> None
                 elif child is None and now >= due[place]:
                     due[place] = now
                     pulses[place].value = 0.0
-                    args = (settings, device, os.getpid(), pulses[place])
+                    reports[names[place]], theirs = context.Pipe(duplex=False)
+                    args = (settings, device, os.getpid(), pulses[place], theirs)
                     child = context.Process(target=_child, args=args, name=f"gpu {device}")
                     child.start()
+                    theirs.close()
                     children[place] = child
             tell(devices, children, pulses, due)
             sentinels = [child.sentinel for child in children if child is not None]
-            multiprocessing.connection.wait(sentinels, timeout=WATCH_SECONDS) if sentinels else stop.wait(WATCH_SECONDS)
+            if sentinels:
+                multiprocessing.connection.wait([*sentinels, *reports.values()], timeout=WATCH_SECONDS)
+            else:
+                stop.wait(WATCH_SECONDS)
+            hear(reports)
     finally:
         alive = [child for child in children if child is not None]
         for child in alive:
@@ -631,29 +688,62 @@ def tell(
     """Tell systemd that the worker is ready once a process is; and as long as no process is silent, that it goes on."""
     living = [place for place, child in enumerate(children) if child is not None]
     serving = [devices[place] for place in living if pulses[place].value]
+    metrics.DEVICES.labels("serving").set(len(serving))
     if serving:
         notify.ready(f"serves {', '.join(serving)}, {len(serving)} of {len(devices)} devices")
     if all(time.monotonic() < (pulses[place].value or due[place] + LOAD_SECONDS) for place in living):
         notify.progress()
 
 
-def cause_of_death(exit_code: int) -> str:
-    """What the exit code of a GPU process says, and where to look."""
+def hear(reports: dict[str, Connection]) -> None:
+    """Keep what each process has said of itself last, and forget it once the process has ended."""
+    for name, report in list(reports.items()):
+        try:
+            while report.poll():
+                metrics.WORKER.reports[name] = report.recv()
+        except (EOFError, OSError):
+            report.close()
+            del reports[name]
+            metrics.WORKER.reports.pop(name, None)
+
+
+def cause_of_death(exit_code: int) -> tuple[str, str]:
+    """What the exit code of a GPU process says: in a word, and with where to look."""
     if exit_code < 0:
-        return f"killed by {signal.Signals(-exit_code).name}"
+        return "killed", f"killed by {signal.Signals(-exit_code).name}"
     if exit_code == 0:
-        return "asked to end from outside"
+        return "killed", "asked to end from outside"
     if exit_code == Fatal.exit_code:
-        return "it could not work; its message stands above"
-    return "a call of the models hung (Timeout), or an unforeseen error; the traceback stands above"
+        return "sick", "it could not work; its message stands above"
+    why = "a call of the models hung (Timeout), or an unforeseen error; the traceback stands above"
+    return "crashed", why
 
 
-def _child(settings: GpuSettings, device: str, parent: int, pulse: notify.Pulse) -> None:
+def _report(to: Connection) -> None:
+    """Tell the parent again and again how this process does; the parent serves it."""
+    notify.aside()
+    with suppress(OSError):  # the parent is gone, and so are we
+        while True:
+            to.send(list(metrics.WORKER.collect()))
+            time.sleep(REPORT_SECONDS)
+
+
+def _load(settings: GpuSettings, device: str) -> Models:
+    """The models; the parent learns by the exit code where their libraries cannot be imported."""
+    try:
+        return load_models(settings, device)
+    except MissingLibrary as error:
+        error.exit_code = NO_LIBRARIES
+        raise
+
+
+def _child(settings: GpuSettings, device: str, parent: int, pulse: notify.Pulse, reports: Connection) -> None:
     """A GPU process: it dies with its parent, also where that is killed."""
     notify.report_to(pulse)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)
-    log.configure(settings.log_level)
+    log.configure(settings.log_level, settings.lab_host)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to pass on
-    sys.exit(exit_code(lambda: work_slot(settings, lambda: load_models(settings, device), Stop())))
+    threading.Thread(target=_report, args=(reports,), name="report", daemon=True).start()
+    sys.exit(exit_code(lambda: work_slot(settings, lambda: _load(settings, device), Stop()), say_last))

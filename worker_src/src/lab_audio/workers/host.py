@@ -10,7 +10,7 @@ from pathlib import Path
 from redis import Redis
 from sqlalchemy import Engine
 
-from lab_audio import ledger, queues, scratch
+from lab_audio import ledger, metrics, queues, scratch
 from lab_audio.config import GpuSettings, MediaSettings, UnpackSettings
 from lab_audio.contracts import TRANSCRIBE, UNPACK, archive_key, processing_list, transcribe_list
 from lab_audio.errors import ConfigError, Fatal, Permanent
@@ -18,6 +18,7 @@ from lab_audio.jobs import parse_transcribe_job
 from lab_audio.ledger.hosts import BEAT_SECONDS
 from lab_audio.log import get_logger
 from lab_audio.media import sandbox
+from lab_audio.release import release
 from lab_audio.s3_utils import Bucket, delete_archive, delete_opus, open_bucket
 from lab_audio.workers.loop import Stop, in_background, patiently
 
@@ -75,7 +76,9 @@ def enter(host: Host, disk: str, kind: str, unsandboxed: bool) -> list[str]:
     """Enter this host in the ledger. If its disk was replaced, what lay on the old one is lost: returns the batches
     that are to be unpacked anew.
     """
-    with ledger.registering(host.engine, host.name, disk, host.scratch, kind=kind, unsandboxed=unsandboxed) as lost:
+    with ledger.registering(
+        host.engine, host.name, disk, host.scratch, kind=kind, release=release(), unsandboxed=unsandboxed
+    ) as lost:
         if lost is not None:
             forget(host.engine, host.client, host.name, lost)
     return lost.reopened if lost else []
@@ -126,6 +129,9 @@ def beat(host: Host, stop: Stop, *, gpu: bool) -> None:
 
 def attend(host: Host, kinds: Iterable[str], stop: Stop) -> None:
     """Begin the host's duties in threads: beats, and at once and every minute the rest."""
+    metrics.SCRATCH.labels("size").set_function(lambda: scratch.disk(host.scratch)[0])
+    metrics.SCRATCH.labels("free").set_function(lambda: scratch.disk(host.scratch)[1])
+    metrics.SCRATCH.labels("batches_may_fill").set_function(lambda: scratch.fillable(host.scratch))
     beat(host, stop, gpu=False)
 
     def duties() -> None:

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import tenacity
 
-from lab_audio import notify
+from lab_audio import metrics, notify
 from lab_audio.errors import Fatal, LabAudioError, Retryable
 from lab_audio.log import get_logger
 
@@ -77,6 +77,7 @@ def patiently(stop: Stop, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs
         error = state.outcome and state.outcome.exception()
         store = error.store if isinstance(error, Retryable) else ""
         missed.add(store)
+        metrics.RETRIES.labels(store or "source").inc()
         notify.progress()
         if time.monotonic() - _complained.get(store, -float(COMPLAIN_SECONDS)) >= COMPLAIN_SECONDS:
             _complained[store] = time.monotonic()
@@ -121,17 +122,29 @@ def in_background(stop: Stop, name: str, act: Callable[[], None]) -> threading.T
     return thread
 
 
-def exit_code(act: Callable[[], object]) -> int:
-    """Run `act` and say an error of ours in plain words: 0, 78 for configuration, 70 for other fatal errors, else 1."""
+def say(line: str) -> None:
+    print(f"lab-audio: {line}", file=sys.stderr)
+
+
+def say_last(line: str) -> None:
+    """A worker's last words: for a person on a terminal, else an event as all that it logs."""
+    if sys.stderr.isatty():
+        say(line)
+    else:
+        get_logger().critical("this worker ends", reason=line)
+
+
+def exit_code(act: Callable[[], object], tell: Callable[[str], None] = say) -> int:
+    """Run `act` and tell an error of ours: 0, 78 for configuration, 70 for other fatal errors, else 1."""
     try:
         act()
     except Stopped:
         return 0
     except Fatal as error:
         for line in str(error).splitlines():
-            print(f"lab-audio: {line}", file=sys.stderr)
+            tell(line)
         return error.exit_code
     except LabAudioError as error:
-        print(f"lab-audio: {error}", file=sys.stderr)
+        tell(str(error))
         return 1
     return 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import faulthandler
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lab_audio import notify
@@ -23,10 +23,14 @@ HANG_SECONDS_PER_SECOND = 4.0  # of sound
 
 @dataclass(frozen=True)
 class Models:
-    """The models as functions: samples (float32, mono, 16 kHz) to transcript; transcripts' texts to verdicts."""
+    """The models as functions: samples (float32, mono, 16 kHz) to transcript; transcripts' texts to verdicts.
+
+    `revisions`: of each model's weights.
+    """
 
     transcribe: Callable[[Any], Transcript]
     classify: Callable[[Sequence[str]], list[list[Classification]]]
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_models(settings: GpuSettings, device: str) -> Models:
@@ -44,7 +48,11 @@ def load_models(settings: GpuSettings, device: str) -> Models:
     )
     classifier = Classifier(settings.models_root, device)
     classifier.prepare(policies)
-    return Models(transcriber.transcribe, lambda texts: classifier.classify(texts, policies))
+    return Models(
+        transcriber.transcribe,
+        lambda texts: classifier.classify(texts, policies),
+        {"whisper": transcriber.revision, "gemma": classifier.model_revision, "adapter": classifier.adapter_revision},
+    )
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from typing import BinaryIO, TypeVar, cast
 from redis import Redis
 from sqlalchemy import Connection, Engine, text
 
-from lab_audio import ledger, notify, queues, s3_utils, source
+from lab_audio import ledger, metrics, notify, queues, s3_utils, source
 from lab_audio.config import TransferSettings
-from lab_audio.contracts import UNPACK, SourceFile
+from lab_audio.contracts import UNPACK, SourceFile, item_of
 from lab_audio.errors import ConfigError, Fatal, NotFound, Permanent
 from lab_audio.jobs import new_unpack_job
 from lab_audio.ledger import Archive, Mint
@@ -31,6 +31,7 @@ from lab_audio.s3_utils import ArchiveInfo, Bucket
 from lab_audio.workers.loop import Stop, Stopped, patiently
 
 LOCK_SECONDS = 5.0
+NOTE_SECONDS = 60.0
 T = TypeVar("T")
 
 
@@ -84,14 +85,28 @@ def hold_and_transfer(transfer: Transfer, settings: TransferSettings, stop: Stop
             for unfinished in ledger.unfinished_mints(transfer.engine, transfer.source.name):
                 finish_mint(transfer, unfinished, stop)
             do_fates(transfer)
+            note = noting(transfer, stop) if not once else lambda: None  # who comes once is missed by nobody
             while not stop():
                 began = time.monotonic()
-                transfer_settled(transfer, settings, lock, stop)
+                transfer_settled(transfer, settings, lock, stop, note)
                 if once:
                     return
                 stop.wait(max(0.0, settings.scan_seconds - (time.monotonic() - began)))
         finally:
             shutil.rmtree(transfer.tmp, ignore_errors=True)
+
+
+def noting(transfer: Transfer, stop: Stop) -> Callable[[], None]:
+    """What keeps in the ledger, once a minute, that the source answers."""
+    noted = -NOTE_SECONDS
+
+    def note() -> None:
+        nonlocal noted
+        if time.monotonic() - noted >= NOTE_SECONDS:
+            patiently(stop, ledger.note_run, transfer.engine, "source")
+            noted = time.monotonic()
+
+    return note
 
 
 def empty_tmp(tmp: Path) -> None:
@@ -104,9 +119,12 @@ def empty_tmp(tmp: Path) -> None:
         raise Fatal(f"TRANSFER_TMP {tmp} cannot be used: {error.strerror}") from None
 
 
-def transfer_settled(transfer: Transfer, settings: TransferSettings, lock: Connection, stop: Stop) -> None:
+def transfer_settled(
+    transfer: Transfer, settings: TransferSettings, lock: Connection, stop: Stop, note: Callable[[], None]
+) -> None:
     """Look at the source once, and transfer batch after batch until nothing settled is left."""
     files = patiently(stop, source.settled, transfer.source, settings.settle_seconds)
+    note()
     notify.ready(f"looking for recordings at {transfer.source.name}")
     for file in [file for file in files if not fits_header(file)]:
         get_logger().warning("archive at the source left out: its path is too long", path=file.path)
@@ -124,6 +142,7 @@ def transfer_settled(transfer: Transfer, settings: TransferSettings, lock: Conne
             return
         finish_mint(transfer, minted, stop)
         do_fates(transfer)
+        note()
         mine = set(minted.files)  # one that was struck waits for the next look
         files = [file for file in files if file not in mine]
 
@@ -136,6 +155,7 @@ def fits_header(file: SourceFile) -> bool:
 def finish_mint(transfer: Transfer, minted: Mint, stop: Stop) -> None:
     """Bring a minted batch's archive into the store, record it, and push its job."""
     log = get_logger().bind(batch_id=minted.batch_id)
+    began = time.monotonic()
     log.info("batch minted", files=len(minted.files), bytes=sum(file.size for file in minted.files))
     notify.status(f"transferring {minted.batch_id}: {len(minted.files)} files")
     path = transfer.tmp / f"{minted.batch_id}.tar"
@@ -162,10 +182,15 @@ def finish_mint(transfer: Transfer, minted: Mint, stop: Stop) -> None:
     )
     for file, why in struck.items():
         log.warning("source file left out", path=file.path, reason=why)
+    log = log.bind(duration=round(time.monotonic() - began, 3))
     if job is None:
         log.error("batch failed", reason=reason)
     else:
         patiently(stop, queues.push, transfer.client, UNPACK, job)
+        metrics.RECORDINGS.labels("transferred").inc(archive.file_count or 0 if archive else 0)
+        for file in minted.files if not is_archive(minted) else ():
+            if file not in struck:
+                log.info("recording uploaded", item=item_of(file.path), member=file.path, bytes=file.size)
         log.info("batch uploaded", files=len(minted.files) - len(struck))
 
 
@@ -226,18 +251,20 @@ def store_archive(transfer: Transfer, minted: Mint, path: Path) -> tuple[Archive
 
     Raises Retryable if a file changed while it was read: the next try leaves it out.
     """
-    built, struck = (copy_archive if is_archive(minted) else build_archive)(transfer, minted, path)
+    with metrics.stage("build"):
+        built, struck = (copy_archive if is_archive(minted) else build_archive)(transfer, minted, path)
     if built is None:
         return None, struck
-    s3_utils.upload_archive(
-        path,
-        minted.batch_id,
-        bucket=transfer.bucket,
-        sha256=built.sha256,
-        file_count=built.file_count,
-        source=transfer.source.name,
-        source_file=minted.files[0] if is_archive(minted) else None,
-    )
+    with metrics.stage("upload"):
+        s3_utils.upload_archive(
+            path,
+            minted.batch_id,
+            bucket=transfer.bucket,
+            sha256=built.sha256,
+            file_count=built.file_count,
+            source=transfer.source.name,
+            source_file=minted.files[0] if is_archive(minted) else None,
+        )
     return Archive(built.sha256, built.size, built.file_count), struck
 
 

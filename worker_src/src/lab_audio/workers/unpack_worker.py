@@ -13,9 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
-from lab_audio import ledger, notify, queues, s3_utils, scratch
+from lab_audio import ledger, metrics, notify, queues, s3_utils, scratch
 from lab_audio.config import UnpackSettings
 from lab_audio.contracts import item_of, opus_path
 from lab_audio.errors import Fatal, LabAudioError, NotFound, Permanent
@@ -125,15 +125,17 @@ def attempt(host: Host, batch_id: str, encoding: Encoding, stop: Stop) -> Refuse
 
     Raises OSError if scratch fails; where it is only full, the batch is given back.
     """
-    log = get_logger().bind(batch_id=batch_id)
+    log, began = get_logger().bind(batch_id=batch_id), time.monotonic()
     taken = patiently(stop, lambda: ledger.take(host.engine, batch_id, host.name, scratch.capacity(host.scratch)))
     if isinstance(taken, Refused):
         if taken.job == "drop":
             log.info("not to be unpacked", why=taken.why)
         return taken
     notify.status(f"unpacking {batch_id}")
+    log = log.bind(attempt=taken.attempts)
     try:
-        unpack(host, batch_id, taken, encoding, stop)
+        with metrics.stage("unpack"):
+            unpack(host, batch_id, taken, encoding, stop)
         return None
     except Permanent as error:
         reason = str(error)
@@ -143,6 +145,7 @@ def attempt(host: Host, batch_id: str, encoding: Encoding, stop: Stop) -> Refuse
         if not scratch.is_full(error):
             raise
         log.warning("batch given back, for want of room on scratch", why=error.strerror)
+        metrics.RETRIES.labels("scratch").inc()
         scratch.cleanup_scratch(batch_id, root=host.scratch)
         patiently(stop, tidy, host)  # strays take room that is nobody's
         failed = patiently(
@@ -150,16 +153,16 @@ def attempt(host: Host, batch_id: str, encoding: Encoding, stop: Stop) -> Refuse
         )
         if failed is None:
             return Refused(f"scratch is full: {error.strerror}", "head")
-        log.error("batch failed", reason=failed)
+        log.error("batch failed", reason=failed, duration=seconds_since(began))
         return None
     except Exception as error:
-        log.exception("unpacking went wrong", attempts=taken.attempts)
+        log.exception("unpacking went wrong")
         reason = f"{type(error).__name__}: {error}"[:500]
         if taken.attempts < MAX_ATTEMPTS:
             scratch.cleanup_scratch(batch_id, root=host.scratch)
             patiently(stop, ledger.give_back, host.engine, batch_id, host.name)
             return Refused(reason, "tail")
-    log.error("batch failed", reason=reason)
+    log.error("batch failed", reason=reason, duration=seconds_since(began))
     patiently(stop, ledger.fail, host.engine, batch_id, host.name, reason)
     return None
 
@@ -198,6 +201,7 @@ def unpack(host: Host, batch_id: str, taken: ledger.Taken, encoding: Encoding, s
 
     Raises Permanent if the batch is to fail; OSError, also where its quota of scratch does not do.
     """
+    began = time.monotonic()
     contents = Contents(scratch.fresh_dir(host.scratch, batch_id), taken.quota)
     if taken.archive_gone:
         patiently(stop, fetch_kept, host, batch_id, contents)
@@ -211,7 +215,22 @@ def unpack(host: Host, batch_id: str, taken: ledger.Taken, encoding: Encoding, s
         archive, flags = patiently(stop, read_archive, host, batch_id, taken, encoding, contents)
     rows = list(contents.rows.values())
     state = patiently(stop, ledger.seal, host.engine, batch_id, host.name, rows, archive, flags)
-    get_logger().info("batch unpacked", batch_id=batch_id, state=state, items=len(rows), flags=flags)
+    log = get_logger().bind(batch_id=batch_id, attempt=taken.attempts, duration=seconds_since(began))
+    if state is not None:
+        tell_entered(log, [row for row in rows if row.item not in taken.settled])
+    log.info("batch unpacked", state=state, items=len(rows), flags=flags)
+
+
+def seconds_since(began: float) -> float:
+    return round(time.monotonic() - began, 3)
+
+
+def tell_entered(log: Any, rows: list[NewItem]) -> None:
+    """Count what SEAL has entered, and say what of it is dead."""
+    for row in rows:
+        metrics.RECORDINGS.labels("encoded" if row.reason is None else "dead").inc()
+        if row.reason is not None:
+            log.warning("recording set aside", item=row.item, member=row.member, reason=row.reason)
 
 
 def fetch_kept(host: Host, batch_id: str, contents: Contents) -> None:
@@ -269,7 +288,8 @@ def read_archive(
                 if row.reason is not None or row.item in taken.settled or member.file is None:
                     contents.add(row)
                 else:
-                    running.append(pool.submit(encode, row, spooled(member.file, folder), folder, encoding.bitrate))
+                    mp3 = spooled(member.file, folder)
+                    running.append(pool.submit(encode, row, mp3, folder, encoding.bitrate, taken.attempts))
                     collect(2 * encoding.threads)
         except tar.ArchiveBroken as error:
             flags.append(f"archive: {error}")
@@ -310,19 +330,21 @@ def spooled(recording: BinaryIO, folder: Path) -> BinaryIO:
     return spool
 
 
-def encode(row: NewItem, mp3: BinaryIO, folder: Path, bitrate: int) -> NewItem:
-    """Encode one recording; one that cannot be is a row with the reason."""
-    reason = ""
+def encode(row: NewItem, mp3: BinaryIO, folder: Path, bitrate: int, attempt: int) -> NewItem:
+    """Encode one recording; one that cannot be is a row with the reason. `attempt`: of its batch."""
+    reason, began = "", time.monotonic()
     with mp3:
         for pause in (*FFMPEG_PAUSES, None):
             try:
                 target = folder / f"{row.item}.opus"
                 seconds, most = encode_bounds(mp3, bitrate)
                 mp3.seek(0)
-                opus = transcode.encode(mp3, target, bitrate=bitrate, timeout=seconds, most=most)
+                with metrics.stage("encode"):
+                    opus = transcode.encode(mp3, target, bitrate=bitrate, timeout=seconds, most=most)
                 break
             except transcode.Unfinished as error:  # for want of memory or time, perhaps not its own
                 if pause is not None:
+                    metrics.RETRIES.labels("ffmpeg").inc()
                     time.sleep(pause)
                     continue
                 reason = f"{error}, {len(FFMPEG_PAUSES) + 1} times"
@@ -330,6 +352,8 @@ def encode(row: NewItem, mp3: BinaryIO, folder: Path, bitrate: int) -> NewItem:
                 reason = str(error)
             canary.encode(folder)  # else ffmpeg is broken, not the recording
             return replace(row, reason=reason)
+    log = get_logger().bind(batch_id=folder.name, item=row.item, member=row.member, attempt=attempt)
+    log.info("recording encoded", seconds=round(opus.seconds, 3), duration=seconds_since(began))
     return replace(row, seconds=opus.seconds, room=scratch.room_of(opus.size, opus.seconds))
 
 

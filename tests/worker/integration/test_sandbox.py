@@ -6,12 +6,13 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from needed import missing
 
-from lab_audio import ledger
+from lab_audio import ledger, notify
 from lab_audio.contracts import item_of
 from lab_audio.media import canary, sandbox, transcode
 from lab_audio.workers import unpack_worker
@@ -120,6 +121,32 @@ def test_it_does_not_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert "was not done with it in 1 seconds" in reason
     lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line for line in lines if "for ever" in line and PERL in line] == []
+
+
+def test_it_cannot_say_that_it_is_longer_than_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the room that its result may need would fail its batch."""
+    program = (
+        "binmode STDOUT; local $/; open(my $f, '<&=', 0); <$f>; my $page = pack('H*', $ARGV[0]);"
+        "substr($page, 6, 8) = pack('Q<', $ARGV[2]); print pack('H*', $ARGV[1]), 'x' x 60000, $page"
+    )
+    opus = canary.OPUS.read_bytes()
+    first, last = opus.index(b"OggS", 1), opus.rindex(b"OggS")
+    pages = [opus[last:].hex(), opus[:first].hex()]
+    for seconds, said in {5000: "more than it can hold", 10**9: "says that it is 1000000000 seconds long"}.items():
+        assert said in (attempt(tmp_path, monkeypatch, program, *pages, 48_000 * seconds) or "")
+
+
+def test_while_its_time_is_not_over_it_is_no_sign_that_the_worker_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else systemd would end the worker, and the next one over the same recording, for ever."""
+    told: list[float] = []
+    monkeypatch.setattr(transcode, "TELL_SECONDS", 0.1)
+    monkeypatch.setattr(notify, "progress", lambda: told.append(time.monotonic()))
+    assert (
+        attempt(tmp_path, monkeypatch, "sleep 1000", seconds=1) == "ffmpeg was not done with it in 1 seconds, 3 times"
+    )
+    assert len(told) >= 3 * 5
 
 
 def test_it_forks_no_thousand_times() -> None:

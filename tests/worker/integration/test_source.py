@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import subprocess
+import tarfile
 import tempfile
 import threading
 import time
@@ -348,6 +349,40 @@ def test_a_chatty_shell_is_told_apart(directory: Path, tmp_path: Path, monkeypat
         source.settled(where, 0)
     with pytest.raises(Fatal, match="login shell"):
         streamed(where, [SourceFile("a.mp3", 1, 1)])
+
+
+def test_a_tar_that_would_fill_memory_is_refused(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headers without end, sparse maps, more bytes than were asked for, and what never ends after it."""
+    file = put(directory, "a.mp3", b"x" * 1000)
+    where, made = source.parse(str(directory)), tmp_path / "made"
+    fake_programs(tmp_path, monkeypatch, tar=f"cat >/dev/null; cat {made}; exec cat /dev/zero")
+    for kind in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE, tarfile.DIRTYPE):
+        header = tarfile.TarInfo("a.mp3")
+        header.type, header.size = kind, 1 << 40
+        made.write_bytes(header.tobuf(tarfile.GNU_FORMAT))
+        with pytest.raises(Fatal, match="cannot be understood"):
+            streamed(where, [file])
+    other = tarfile.TarInfo("b.mp3")
+    other.size = 1 << 40
+    for data in (other.tobuf(tarfile.GNU_FORMAT), bytes(1024)):
+        made.write_bytes(data)
+        with pytest.raises(Fatal, match="cannot be understood"):
+            streamed(where, [file])
+
+
+def test_a_list_without_end_is_refused(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "MAX_FILES", 1000)
+    record = r"1 1.0000000000 1.0000000000 ./x.mp3\0"
+    fake_programs(tmp_path, monkeypatch, find=f"exec perl -e 'while (1) {{ print qq({record}) }}'")
+    with pytest.raises(Fatal, match="more than 1000 files"):
+        source.settled(source.parse(str(directory)), 0)
+    fake = tmp_path / "bin" / "xargs"
+    fake.write_text("#!/bin/sh\nhead -c 100000 /dev/zero | tr '\\0' 9\n")
+    fake.chmod(0o755)
+    with pytest.raises(Fatal, match="cannot be understood"):
+        source.apply_fate(source.parse(str(directory)), [SourceFile("a.mp3", 1, 1)], "delete")
 
 
 def test_a_missing_program_is_named(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

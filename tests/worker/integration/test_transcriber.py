@@ -279,6 +279,28 @@ def test_a_batch_that_the_gpus_memory_does_not_hold_is_halved(
     assert corpus.word_error_rate([(" ".join(truth[name] for name in names), said.text)]) <= 0.2
 
 
+@pytest.mark.parametrize("said", ["CUDA failed with error out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
+def test_one_window_is_tried_again_once_there_may_be_room(
+    transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    from whisperx.asr import WhisperModel
+
+    encode, errors = WhisperModel.encode, [RuntimeError(said)]
+
+    def full(self: Any, features: Any) -> Any:
+        if features.ndim == 3 and errors:
+            raise errors.pop()
+        return encode(self, features)
+
+    sound = recording("garden.mp3")
+    monkeypatch.setattr(WhisperModel, "encode", full)
+    heard = transcriber.transcribe(sound).text
+    assert corpus.word_error_rate([(corpus.true_texts()["garden.mp3"], heard)]) <= 0.2
+    errors += [RuntimeError(said)] * 2
+    with pytest.raises(RuntimeError, match=said):
+        transcriber.transcribe(sound)
+
+
 def test_errors_of_the_gpu_are_fatal_and_others_are_not_hidden(
     transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:

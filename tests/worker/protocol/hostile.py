@@ -308,9 +308,17 @@ def headers() -> Iterator[Case]:
         yield Case(
             f"header: a size of {what} that does not come",
             member(FIRST) + header(b"x.mp3", size_field=huge(size)) + MP3,
+            {"x.mp3": "is larger than 4 GiB"},
             last=False,
             flag="archive: archive is truncated",
         )
+    yield Case(
+        "header: a size of 4 GiB that does not come",
+        member(FIRST) + header(b"x.mp3", size_field=huge(4 << 30)) + MP3,
+        {"x.mp3": "is cut off"},
+        last=False,
+        flag="archive: archive is truncated",
+    )
     yield broken("time is no number", header(b"x.mp3", mtime=b"zzzzzzzzzzz\0"))
     for what, mtime in {"negative": huge(-1), "far": huge(2**80)}.items():
         yield Case(f"header: time {what}", around(member("x.mp3", mtime=mtime)), good=frozenset(["x.mp3"]))
@@ -337,6 +345,7 @@ def paxes() -> Iterator[Case]:
     yield Case(
         "pax: a size that is larger",
         member(FIRST) + pax(record(b"size", b"99999999")) + member("x.mp3") + END,
+        {"x.mp3": "is cut off"},
         last=False,
         flag="truncated",
     )
@@ -408,10 +417,11 @@ def cuts() -> Iterator[Case]:
     yield Case("cut: in the first header", data[:300], first=False, last=False, flag="truncated")
     for what, at in {"in its bytes": 600, "in the middle of it": 6000, "in its padding": second - 10}.items():
         whole = what == "in its padding"
-        yield Case(f"cut: {what}", data[:at], first=whole, last=False, flag="truncated")
+        dead = {} if whole else {FIRST: "is cut off"}
+        yield Case(f"cut: {what}", data[:at], dead, first=whole, last=False, flag="truncated")
     yield Case("cut: between two", data[:second], last=False, flag="truncated")
     yield Case("cut: in the second header", data[: second + 200], last=False, flag="truncated")
-    yield Case("cut: in the last bytes", data[: 2 * second - 600], last=False, flag="truncated")
+    yield Case("cut: in the last bytes", data[: 2 * second - 600], {LAST: "is cut off"}, last=False, flag="truncated")
     yield Case("cut: before the end", data[: -2 * BLOCK], flag="truncated")
     yield Case("cut: half the end", data[:-BLOCK], flag="truncated")
     yield Case("cut: nothing at all", b"", first=False, last=False, flag="archive: ")
@@ -454,6 +464,24 @@ def packed() -> Iterator[Case]:
         yield Case(
             f"packed: {what} in an archive's place", content, first=False, last=False, flag="is not a tar archive"
         )
+
+
+def unpacked() -> Iterator[Case]:
+    """Where compressed archives are taken."""
+    big = around(member("x.mp3", bytes(50 << 20)))
+    for what, pack in {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}.items():
+        yield Case(f"unpacked: {what}", pack(around()))
+        yield Case(
+            f"unpacked: a bomb of {what}",
+            pack(big),
+            {"x.mp3": "is cut off"},
+            last=False,
+            flag="unpacks to more than 100 times its size",
+        )
+        cut = pack(around(*(member(f"{n}.mp3") for n in range(20))))[:-30]
+        first = what != "bzip2"  # it unpacks 900 kB at once, or nothing
+        yield Case(f"unpacked: {what}, cut off", cut, first=first, last=False, lenient=first, flag="truncated")
+    yield Case("unpacked: not packed", around())
 
 
 def floods() -> Iterator[Case]:

@@ -281,7 +281,9 @@ def test_members_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_member_whose_name_looks_compressed_is_taken() -> None:
-    assert read_all(foreign((entry("BZh.mp3"), b"x"))) == ([("BZh.mp3", b"x", None)], None)
+    for name in ("BZh.mp3", "BZh9 1.mp3"):
+        for compressed in (False, True):
+            assert read_all(foreign((entry(name), b"x")), compressed=compressed) == ([(name, b"x", None)], None)
 
 
 def test_what_is_no_tar_is_said_to_be_none() -> None:

@@ -23,7 +23,7 @@ def configure(level: str = "INFO", host: str | None = None) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             lambda _logger, _method, event: {"host": host, **event} if host else event,
-            *([] if terminal else [structlog.processors.format_exc_info]),
+            _harmless if terminal else structlog.processors.format_exc_info,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level)),
@@ -32,6 +32,11 @@ def configure(level: str = "INFO", host: str | None = None) -> None:
     )
     logging.captureWarnings(True)
     logging.basicConfig(handlers=[_Library()], level=logging.WARNING, force=True)
+
+
+def _harmless(_logger: Any, _method: str, event: Any) -> Any:
+    """What strangers wrote tells a terminal nothing."""
+    return {key: plain(value) if isinstance(value, str) else value for key, value in event.items()}
 
 
 class _Library(logging.Handler):
@@ -47,6 +52,11 @@ class _Library(logging.Handler):
 
 def get_logger() -> Any:
     return structlog.get_logger()
+
+
+def plain(value: object) -> str:
+    """A stranger's text on one line of a terminal: control characters, and bytes that are no UTF-8, are written out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import re
 import shlex
@@ -30,6 +31,8 @@ from lab_audio.log import get_logger
 
 CHUNK = 1 << 20
 MAX_RECORD_BYTES = 1 << 16
+MAX_FILES = 10_000_000  # of a listing: 3 GB of memory
+MAX_TAIL_BYTES = 1 << 26  # that are still read once enough was said
 MAX_PATH_BYTES = 2000  # what PostgreSQL can index
 NO_DIRECTORY = 66
 
@@ -184,14 +187,28 @@ def stream(source: Source, files: Iterable[SourceFile]) -> Iterator[Iterator[tup
         yield iter(())
         return
     with _run(source, _TAR, [_encode(file.path) for file in asked], accept=(0, 1, 2)) as run:
+        run.most = MAX_TAIL_BYTES + sum(file.size + 2 * MAX_RECORD_BYTES for file in asked)
         yield _members(source, asked, run)
+
+
+class _Header(tarfile.TarInfo):
+    """A header of what GNU tar sends us; one that tarfile would read into memory without end is none."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type == tarfile.GNUTYPE_SPARSE or (info.type != tarfile.REGTYPE and info.size > MAX_RECORD_BYTES):
+            raise ValueError
+        return info
 
 
 def _members(source: Source, asked: list[SourceFile], run: _Run) -> Iterator[tuple[SourceFile, BinaryIO]]:
     by_path = {file.path: file for file in asked}
     given: list[SourceFile] = []
     try:
-        with tarfile.open(fileobj=cast(BinaryIO, run), mode="r|", bufsize=CHUNK, encoding="utf-8") as archive:
+        with tarfile.open(
+            fileobj=cast(BinaryIO, run), mode="r|", bufsize=CHUNK, encoding="utf-8", tarinfo=_Header
+        ) as archive:
             for info in archive:
                 archive.members.clear()  # type: ignore[attr-defined]
                 file = by_path.pop(info.name, None)
@@ -258,9 +275,9 @@ def apply_fate(source: Source, files: Iterable[SourceFile], fate: Literal["move"
     for number, file in enumerate(listed):
         words += [b"%d" % number, b"%d" % file.size, file.mtime.encode(), b"./" + _encode(file.path)]
     with _run(source, {"move": _MOVE, "delete": _DELETE}[fate], words) as run:
-        numbers = run.out.read().split()
+        numbers = run.out.read(20 * len(listed) + 1).split()
         complaint = run.finish()
-    if not all(number.isdigit() and int(number) < len(listed) for number in numbers):
+    if not all(len(number) < 19 and number.isdigit() and int(number) < len(listed) for number in numbers):
         raise _garbled(source)
     if complaint and len(numbers) < len(listed):
         get_logger().warning("source_fate_in_part", source=source.name, fate=fate, reason=complaint)
@@ -281,13 +298,16 @@ def _encode(path: str) -> bytes:
 
 
 def _records(source: Source, out: BinaryIO) -> Iterator[bytes]:
-    rest = b""
+    rest, number = b"", 0
     while data := out.read(MAX_RECORD_BYTES):
         notify.progress()
         *whole, rest = (rest + data).split(b"\0")
         yield from whole
+        number += len(whole)
         if len(rest) > MAX_RECORD_BYTES:
             raise _garbled(source)
+        if number > MAX_FILES:
+            raise Fatal(f"{source.name}: there are more than {MAX_FILES} files; move what was transferred elsewhere")
     # What lies behind the last NUL belongs to a broken connection, which finish() tells.
 
 
@@ -324,6 +344,7 @@ class _Run:
     def __init__(self, source: Source, process: subprocess.Popen[bytes], accept: tuple[int, ...]) -> None:
         self.out = cast(BinaryIO, process.stdout)
         self.code = 0
+        self.most = math.inf
         self._source, self._process, self._accept = source, process, accept
         self._errors = b""
         self.padded = False
@@ -335,8 +356,14 @@ class _Run:
             self._errors = (self._errors + data)[-16384:]
 
     def read(self, size: int) -> bytes:
-        """For tarfile, which reads no further than the end of an archive: less is a lost connection."""
+        """For tarfile, which reads no further than the end of an archive: less is a lost connection.
+
+        `most`: bytes that can have been asked for.
+        """
         data = self.out.read(size)
+        self.most -= len(data)
+        if self.most < 0:
+            raise _garbled(self._source)
         if not data:
             complaint = self.finish()
             raise Retryable(f"{self._source.name}: its tar ended too early: {complaint}")
@@ -344,8 +371,11 @@ class _Run:
 
     def finish(self) -> str:
         """Read to the end and wait; what the script complained of. Raises what its failure means."""
-        while self.out.read(CHUNK):
-            pass
+        left = MAX_TAIL_BYTES
+        while left and (data := self.out.read(min(left, CHUNK))):
+            left -= len(data)
+        if not left:
+            raise _garbled(self._source)
         self.code = self._process.wait()
         self._reader.join()
         said = self._errors.decode(errors="replace")

@@ -49,8 +49,3 @@ def utf8(value: str | None) -> str | None:
     if value is not None and not is_utf8(value):
         raise typer.BadParameter("it is not UTF-8")
     return value
-
-
-def plain(value: object) -> str:
-    """A stranger's text on one line of a terminal: control characters, and bytes that are no UTF-8, are written out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))

@@ -15,9 +15,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lab_audio import config
-from lab_audio.cli.app import app, plain, run
+from lab_audio.cli.app import app, run
 from lab_audio.cli.operate import open_stores
 from lab_audio.errors import Permanent
+from lab_audio.log import plain
 from lab_audio.operations import dead_letters
 from lab_audio.operations.reconcile import Stores
 

@@ -12,8 +12,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lab_audio import config, ledger, log, metrics
-from lab_audio.cli.app import app, plain, run
+from lab_audio.cli.app import app, run
 from lab_audio.errors import ConfigError
+from lab_audio.log import plain
 from lab_audio.operations import health
 from lab_audio.operations.health import Finding, State
 from lab_audio.operations.measure import measure

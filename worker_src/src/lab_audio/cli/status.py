@@ -16,10 +16,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lab_audio import config, ledger, queues
-from lab_audio.cli.app import app, plain, run
+from lab_audio.cli.app import app, run
 from lab_audio.contracts import check_batch_id
 from lab_audio.errors import Permanent, Retryable
-from lab_audio.log import duration
+from lab_audio.log import duration, plain
 from lab_audio.operations.health import waiting
 
 

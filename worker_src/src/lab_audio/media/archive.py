@@ -26,18 +26,20 @@ RECORD = 20 * BLOCK
 CHUNK = 1 << 20
 MAX_HEADER_BYTES = 1 << 20
 MAX_MEMBERS = 100_000
+MAX_FILE_BYTES = 4 << 30  # a day of the best MP3 is 3.5 GB
 MAX_RATIO = 100  # of a compressed archive's content to itself; sound hardly packs
 
+_BZIP2 = tuple(b"BZh%d1AY&SY" % level for level in range(1, 10))  # "BZh" alone a name may begin with, too
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
+    **dict.fromkeys(_BZIP2, "bzip2"),
     b"\xfd7zXZ\0": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK\x03\x04": "zip",
 }
-_OPENERS: dict[bytes, Callable[[Any], Readable]] = {
+_OPENERS: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda packed: gzip.GzipFile(fileobj=packed),
-    b"BZh": bz2.BZ2File,
+    **dict.fromkeys(_BZIP2, bz2.BZ2File),
     b"\xfd7zXZ\0": lzma.LZMAFile,
 }
 _NOT_A_FILE = {
@@ -177,6 +179,8 @@ def read(stream: Readable, *, compressed: bool = False) -> Iterator[Member]:
             raise ArchiveBroken(f"more than {MAX_MEMBERS} members")
         name, repeated = _unique(_clean(info.name), seen)
         problem = _problem(info) or ("name occurs twice" if repeated else None)
+        if problem is None and info.size > MAX_FILE_BYTES:
+            problem = f"is larger than {MAX_FILE_BYTES >> 30} GiB"
         file = None if problem else cast(BinaryIO, io.BufferedReader(_Body(forward, info.size), 1 << 16))
         yield Member(name, info.size, file, problem)
 
@@ -223,7 +227,7 @@ def _entries(forward: _Forward) -> Iterator[tarfile.TarInfo]:
         try:
             archive = archive or tarfile.TarFile(fileobj=cast(BinaryIO, forward), encoding="utf-8")
             info = archive.next()
-        except LabAudioError:
+        except (LabAudioError, MemoryError):
             raise
         except Exception as error:  # hostile headers make tarfile raise nearly anything
             if forward.failure:
@@ -340,13 +344,13 @@ class _Packed:
 class _Unpacked:
     """What a compressed stream holds. Raises ArchiveBroken where it is damaged, or unpacks to too much."""
 
-    def __init__(self, packed: _Packed, opened: Readable) -> None:
+    def __init__(self, packed: _Packed, opened: Any) -> None:
         self._packed, self._opened = packed, opened
         self._position = 0
 
     def read(self, size: int = -1, /) -> bytes:
         try:
-            data = self._opened.read(size)
+            data: bytes = self._opened.read1(size)  # of what comes before damage nothing is lost
         except EOFError:
             raise ArchiveBroken("archive is truncated") from None
         except (OSError, zlib.error, lzma.LZMAError) as error:

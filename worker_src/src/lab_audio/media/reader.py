@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import resource
 import signal
@@ -31,6 +32,7 @@ MEMORY = 1 << 30  # bytes of address space
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CPU_SECONDS, BYTES_A_SECOND = 60, 5_000_000  # a bound; it needs a tenth of that
 CHUNK = 1 << 18
+STEP_SECONDS = 120  # of work until it has something to say: less than systemd waits for a sign of life
 PATIENCE = 5  # seconds until a process that says no more has ended
 LENGTH = struct.Struct(">I")
 BROKEN = 0xFFFFFFFF
@@ -154,7 +156,7 @@ def _parser(what: str, stream: Readable, size: int) -> Iterator[_Frames]:
                     f"what reads the archive was killed ({signal.Signals(-code).name}); is memory short here?"
                 )
             if code == -signal.SIGXCPU:
-                return Died(f"it kept its reader at work for more than {seconds} seconds")
+                return Died(f"it kept its reader at work for more than {min(seconds, STEP_SECONDS)} seconds")
             return Died(f"its reader died over it ({signal.Signals(-code).name if code < 0 else code})")
         return failures[0] if failures else ArchiveBroken(said)
 
@@ -180,7 +182,7 @@ def _main(what: str, seconds: int) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (value, value))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + PATIENCE))
+    _go_on(seconds)
     with open(0, "rb", buffering=0) as stdin, open(1, "wb", buffering=CHUNK) as out:
         try:
             for entry in (
@@ -189,14 +191,21 @@ def _main(what: str, seconds: int) -> None:
                 if isinstance(entry, Member):
                     _tell(out, {"name": entry.name, "size": entry.size, "problem": entry.problem})
                     if entry.file is not None:
-                        _tell_body(out, entry.file)
+                        _tell_body(out, entry.file, seconds)
                 else:
                     _tell(out, vars(entry))
+                _go_on(seconds)
             _tell(out, {"end": True})
         except ArchiveBroken as error:
             _tell(out, {"broken": str(error)})
         except MemoryError:
             _tell(out, {"broken": f"it needs more than {MEMORY >> 20} MiB of memory to be read"})
+
+
+def _go_on(seconds: int) -> None:
+    """From here on it may work for STEP_SECONDS more, and for so many in all."""
+    used = math.ceil(sum(os.times()[:2]))
+    resource.setrlimit(resource.RLIMIT_CPU, (min(used + STEP_SECONDS, seconds), seconds + PATIENCE))
 
 
 def _tell(out: BinaryIO, entry: dict[str, Any]) -> None:
@@ -205,11 +214,12 @@ def _tell(out: BinaryIO, entry: dict[str, Any]) -> None:
     out.flush()  # what was found is not lost if this dies over what comes
 
 
-def _tell_body(out: BinaryIO, file: BinaryIO) -> None:
+def _tell_body(out: BinaryIO, file: BinaryIO, seconds: int) -> None:
     try:
         while data := file.read(CHUNK):
             out.write(LENGTH.pack(len(data)) + data)
-    except ArchiveBroken:
+            _go_on(seconds)
+    except (ArchiveBroken, MemoryError):
         out.write(LENGTH.pack(BROKEN))
         raise
     out.write(LENGTH.pack(0))

@@ -27,11 +27,14 @@ NOBODY = "65534"
 
 
 def enclosed(argv: Sequence[str], cpu_seconds: int) -> list[str]:
-    """The command line by which a program runs in the sandbox, `argv[0]` being its path; as it is where none works.
+    """The command line by which a program runs in the sandbox, `argv[0]` being its path; with limits alone where none
+    works.
 
     A worker asks `problem` first, and does not start where there is one, unless it is allowed to.
     """
-    return list(argv) if problem() else _in_bubblewrap(argv, cpu_seconds)
+    if problem() is None:
+        return _in_bubblewrap(argv, cpu_seconds)
+    return [*_limited(cpu_seconds), *argv] if shutil.which("prlimit", path=SYSTEM) else list(argv)
 
 
 @cache
@@ -78,13 +81,17 @@ def _in_bubblewrap(argv: Sequence[str], cpu_seconds: int) -> list[str]:
             room += ["--symlink", str(usual.readlink()), str(usual)]
         elif usual.is_dir():
             room += ["--ro-bind", str(usual), str(usual)]
-    # The soft limit says why; the hard one is for what does not listen.
-    limits = [f"--as={MEMORY}", f"--cpu={cpu_seconds}:{cpu_seconds + 5}", f"--nproc={PROCESSES}", f"--nofile={FILES}"]
-    limits += ["--fsize=0", "--core=0"]
-    prlimit = _path("prlimit")
-    for program in (prlimit, argv[0]):
+    for program in (_path("prlimit"), argv[0]):
         room += ["--ro-bind", str(Path(program).resolve()), program]
-    return [_path("bwrap"), *room, "--remount-ro", "/", "--", prlimit, *limits, "--", *argv]
+    # Outside of a process space of its own, all of this user's processes would count.
+    limited = _limited(cpu_seconds, f"--nproc={PROCESSES}")
+    return [_path("bwrap"), *room, "--remount-ro", "/", "--", *limited, *argv]
+
+
+def _limited(cpu_seconds: int, *more: str) -> list[str]:
+    # The soft limit says why; the hard one is for what does not listen.
+    limits = [f"--as={MEMORY}", f"--cpu={cpu_seconds}:{cpu_seconds + 5}", f"--nofile={FILES}", "--fsize=0", "--core=0"]
+    return [_path("prlimit"), *limits, *more, "--"]
 
 
 def _path(program: str) -> str:

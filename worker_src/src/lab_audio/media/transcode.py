@@ -29,10 +29,12 @@ SAMPLE_RATE = 16_000
 LONGEST = 3600.0  # seconds of work, where no timeout is given
 WINDOW_SECONDS = 1200  # of sound that are in memory at once: 77 MB
 PAUSE_SECONDS = 30  # at a window's end, in which the quietest moment is where it is cut
+TELL_SECONDS = 5.0  # between two signs of life while ffmpeg is at it; its deadline bounds them
 STOPPED_BY_SIGNAL = 255  # how ffmpeg ends when it is asked to
 _BLOCK = 1 << 16
 _STDERR_KEPT = 1 << 13
 _MAX_PAGE = 27 + 255 + 255 * 255
+_FULL_PAGE, _PAGE_SECONDS = 27 + 255, 255 * 0.12  # least bytes and most seconds of as many packets as one holds
 _GRANULE_RATE = 48_000
 
 _QUIET = ["-nostdin", "-hide_banner", "-loglevel", "error"]
@@ -74,8 +76,9 @@ def encode(
 ) -> Encoded:
     """Encode an MP3, read to its end, at `bitrate` bits per second; `opus` appears whole or not at all.
 
-    Raises Permanent if there is no audio in it, or more than `most` bytes come out, Unfinished if `timeout` seconds do
-    not do; Fatal if ffmpeg is missing; OSError if `opus` cannot be written; and what reading `mp3` raises.
+    Raises Permanent if there is no audio in it, or more comes out than `most` bytes, or than they last at that rate;
+    Unfinished if `timeout` seconds do not do; Fatal if ffmpeg is missing; OSError if `opus` cannot be written; and what
+    reading `mp3` raises.
     """
     argv = [ffmpeg_command(), *_QUIET]
     argv += ["-protocol_whitelist", "pipe", "-f", "mp3", "-i", "pipe:0"]
@@ -109,6 +112,8 @@ def encode(
         seconds = duration(part) if size else 0.0
         if not seconds:
             raise Permanent("there is no sound in it")
+        if most is not None and seconds > most * 8 / bitrate:
+            raise Permanent(f"ffmpeg says that {seconds:.0f} seconds of sound are in it, more than it can hold")
         part.replace(opus)
     finally:
         part.unlink(missing_ok=True)
@@ -163,14 +168,16 @@ def _floats(samples: bytearray) -> Any:
 
 
 def duration(opus: Path) -> float:
-    """Seconds of an Ogg Opus file, from its last page. Raises Permanent if it is not one.
+    """Seconds of an Ogg Opus file, from its last page. Raises Permanent if it is not one, or says what cannot be.
 
     RFC 7845: the granule position counts samples at 48 kHz (section 4), of which the first `pre-skip`, named
-    in the identification header (section 5.1), are not played. The page layout is RFC 3533, section 6.
+    in the identification header (section 5.1), are not played. The page layout is RFC 3533, section 6. A packet has at
+    most 120 ms (RFC 6716, section 3.2).
     """
     with opus.open("rb") as file:
         head = file.read(_MAX_PAGE)
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _MAX_PAGE))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _MAX_PAGE))
         tail = file.read()
     packet = 27 + head[26] if len(head) > 27 else 0
     if head[:4] != b"OggS" or head[packet : packet + 8] != b"OpusHead" or len(head) < packet + 19:
@@ -182,7 +189,10 @@ def duration(opus: Path) -> float:
         table = tail[start + 27 : start + 27 + tail[start + 26]] if start + 27 <= len(tail) else b""
         if table and start + 27 + len(table) + sum(table) == len(tail):
             granule = int.from_bytes(tail[start + 6 : start + 14], "little", signed=True)
-            return max(0, granule - pre_skip) / _GRANULE_RATE
+            seconds = max(0, granule - pre_skip) / _GRANULE_RATE
+            if seconds > (1 + size // _FULL_PAGE) * _PAGE_SECONDS:
+                raise Permanent(f"{opus.name} says that it is {seconds:.0f} seconds long, and has {size} bytes")
+            return seconds
     raise Permanent(f"{opus.name} is cut off")
 
 
@@ -248,7 +258,9 @@ def _pump(
             left = deadline - time.monotonic()
             if left <= 0:
                 raise subprocess.TimeoutExpired(process.args, timeout or 0)
-            for key, _events in ready.select(None if timeout is None else left):
+            if timeout is not None:
+                notify.progress()
+            for key, _events in ready.select(None if timeout is None else min(left, TELL_SECONDS)):
                 if key.fileobj is process.stdin:
                     waiting = waiting or memoryview(source.read(_BLOCK))
                     # A program that has heard enough closes its end.

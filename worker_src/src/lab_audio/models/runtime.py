@@ -66,7 +66,7 @@ def gpu_errors_are_fatal(device: str) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the GPU's memory did not do."""
-    return "out of memory" in str(error).lower()
+    return any(words in str(error).lower() for words in ("out of memory", "alloc_failed"))
 
 
 @contextmanager

@@ -153,16 +153,17 @@ class Transcriber:
     ) -> list[dict[str, Any]]:
         import torch
 
-        segments = []
+        segments, freed = [], False
         while spans:
             batch, rest = spans[: self._batch_size], spans[self._batch_size :]
             try:
                 said = self._listen([samples[start:end] for start, end in batch], language)
             except RuntimeError as error:
-                if len(batch) == 1 or not is_out_of_memory(error):
+                if not is_out_of_memory(error) or (freed and len(batch) == 1):
                     raise
-                self._batch_size = len(batch) // 2
+                freed = True
                 torch.cuda.empty_cache()  # CTranslate2 cannot use what torch keeps for later
+                self._batch_size = max(1, len(batch) // 2)
                 get_logger().warning("GPU memory is short: smaller batches from now on", windows=self._batch_size)
                 continue
             for (start, end), (words, logprob, no_speech) in zip(batch, said, strict=True):

@@ -61,7 +61,11 @@ class Contents:
         self.rows[row.item] = row
         self.room += row.room
         if self.room > self.quota:
-            raise OSError(errno.EDQUOT, f"the batch needs more than the {self.quota} bytes set aside for it")
+            raise full(self.quota)
+
+
+def full(quota: int) -> OSError:
+    return OSError(errno.EDQUOT, f"the batch needs more than the {quota} bytes set aside for it")
 
 
 def run(settings: UnpackSettings, stop: Stop) -> None:
@@ -268,11 +272,15 @@ def read_archive(
     contents.etag, folder = info.etag, contents.folder
     flags: list[str] = []
     recordings = 0
-    running: deque[Future[NewItem]] = deque()
+    most = info.size * (tar.MAX_RATIO if encoding.compressed else 1)  # that come of it, whatever it says
+    running: deque[tuple[Future[NewItem], int]] = deque()
 
-    def collect(most: int) -> None:
-        while len(running) > most:
-            contents.add(running.popleft().result())
+    def collect(left: int, room: int = 0) -> None:
+        """Until no more than `left` are being encoded, and `room` beside them fits into the quota, if it can."""
+        while running and (
+            len(running) > left or contents.room + sum(size for _encoding, size in running) + room > contents.quota
+        ):
+            contents.add(running.popleft()[0].result())
 
     with (
         s3_utils.open_archive(info, bucket=host.bucket) as stream,
@@ -288,9 +296,17 @@ def read_archive(
                 if row.reason is not None or row.item in taken.settled or member.file is None:
                     contents.add(row)
                 else:
-                    mp3 = spooled(member.file, folder)
-                    running.append(pool.submit(encode, row, mp3, folder, encoding.bitrate, taken.attempts))
-                    collect(2 * encoding.threads)
+                    spool = min(member.size, most) if member.size > SPOOL_BYTES else 0
+                    collect(2 * encoding.threads - 1, spool)
+                    if contents.room + spool > contents.quota:
+                        raise full(contents.quota)
+                    try:
+                        mp3 = spooled(member.file, folder)
+                    except tar.ArchiveBroken as error:
+                        contents.add(replace(row, reason=f"is cut off: {error}"))
+                        raise
+                    job = pool.submit(encode, row, mp3, folder, encoding.bitrate, taken.attempts)
+                    running.append((job, spool))
         except tar.ArchiveBroken as error:
             flags.append(f"archive: {error}")
         except reader.Killed as error:  # not waited for, but counted: this archive may be what fills the memory
@@ -362,4 +378,4 @@ def encode_bounds(mp3: BinaryIO, bitrate: int) -> tuple[float, int]:
     come of it: a MiB, and twice what such MP3 makes.
     """
     size = mp3.seek(0, os.SEEK_END)
-    return 60 + size / 6_000, (1 << 20) + 2 * size * bitrate // 8_000
+    return 60 + size / 30_000, (1 << 20) + 2 * size * bitrate // 8_000

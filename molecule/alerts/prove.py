@@ -267,7 +267,8 @@ def main(wanted: list[str]) -> None:
         for alert in chosen:
             case = CASES[alert]
             told, said, ended = watchdog(case, names) if alert == "Watchdog" else prove(case, alert, names)
-            print(f"| {alert} | {case.what} | {told:.0f} s | {said} | {case.says.replace(" | ", ": ")} | {ended:.0f} s |", flush=True)
+            mended = case.says.replace(" | ", ": ")
+            print(f"| {alert} | {case.what} | {told:.0f} s | {said} | {mended} | {ended:.0f} s |", flush=True)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,23 @@ def test_a_parser_that_dies_is_the_archives_failure() -> None:
     assert children() == set()
 
 
+def test_a_recording_is_whole_before_the_next_header_is_looked_at() -> None:
+    """What dies over that one is not to take this one with it."""
+    data, had = foreign((entry("a.mp3"), b"a" * 199_168), (entry("b.mp3"), b"b" * 300_000)), threading.Event()
+
+    def crash() -> None:
+        had.wait(20)
+        for child in children():
+            os.kill(child, signal.SIGSEGV)
+
+    with pytest.raises(reader.Died):
+        for member in reader.read(Slow(data, crash), len(data)):
+            assert member.file is not None
+            assert len(member.file.read()) == 199_168
+            had.set()
+    assert had.is_set()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_parser_that_somebody_ends_is_nobodys_failure(number: signal.Signals) -> None:
     def end() -> None:

@@ -363,7 +363,7 @@ class _Run:
         data = self.out.read(size)
         self.most -= len(data)
         if self.most < 0:
-            raise _garbled(self._source)
+            raise Retryable(f"{self._source.name}: more comes than was asked for; does a file grow?")
         if not data:
             complaint = self.finish()
             raise Retryable(f"{self._source.name}: its tar ended too early: {complaint}")

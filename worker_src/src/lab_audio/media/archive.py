@@ -26,7 +26,6 @@ RECORD = 20 * BLOCK
 CHUNK = 1 << 20
 MAX_HEADER_BYTES = 1 << 20
 MAX_MEMBERS = 100_000
-MAX_FILE_BYTES = 4 << 30  # a day of the best MP3 is 3.5 GB
 MAX_RATIO = 100  # of a compressed archive's content to itself; sound hardly packs
 
 _BZIP2 = tuple(b"BZh%d1AY&SY" % level for level in range(1, 10))  # "BZh" alone a name may begin with, too
@@ -179,8 +178,6 @@ def read(stream: Readable, *, compressed: bool = False) -> Iterator[Member]:
             raise ArchiveBroken(f"more than {MAX_MEMBERS} members")
         name, repeated = _unique(_clean(info.name), seen)
         problem = _problem(info) or ("name occurs twice" if repeated else None)
-        if problem is None and info.size > MAX_FILE_BYTES:
-            problem = f"is larger than {MAX_FILE_BYTES >> 30} GiB"
         file = None if problem else cast(BinaryIO, io.BufferedReader(_Body(forward, info.size), 1 << 16))
         yield Member(name, info.size, file, problem)
 

@@ -32,7 +32,7 @@ MEMORY = 1 << 30  # bytes of address space
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CPU_SECONDS, BYTES_A_SECOND = 60, 5_000_000  # a bound; it needs a tenth of that
 CHUNK = 1 << 18
-STEP_SECONDS = 120  # of work until it has something to say: less than systemd waits for a sign of life
+STEP_SECONDS = 120  # of work over what it has read: less than systemd waits for a sign of life
 PATIENCE = 5  # seconds until a process that says no more has ended
 LENGTH = struct.Struct(">I")
 BROKEN = 0xFFFFFFFF
@@ -182,19 +182,18 @@ def _main(what: str, seconds: int) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (value, value))
-    _go_on(seconds)
     with open(0, "rb", buffering=0) as stdin, open(1, "wb", buffering=CHUNK) as out:
+        stream = _Input(stdin, seconds)
         try:
             for entry in (
-                archive.sources(stdin) if what == "sources" else archive.read(stdin, compressed=what == "unpack")
+                archive.sources(stream) if what == "sources" else archive.read(stream, compressed=what == "unpack")
             ):
                 if isinstance(entry, Member):
                     _tell(out, {"name": entry.name, "size": entry.size, "problem": entry.problem})
                     if entry.file is not None:
-                        _tell_body(out, entry.file, seconds)
+                        _tell_body(out, entry.file)
                 else:
                     _tell(out, vars(entry))
-                _go_on(seconds)
             _tell(out, {"end": True})
         except ArchiveBroken as error:
             _tell(out, {"broken": str(error)})
@@ -202,10 +201,18 @@ def _main(what: str, seconds: int) -> None:
             _tell(out, {"broken": f"it needs more than {MEMORY >> 20} MiB of memory to be read"})
 
 
-def _go_on(seconds: int) -> None:
-    """From here on it may work for STEP_SECONDS more, and for so many in all."""
-    used = math.ceil(sum(os.times()[:2]))
-    resource.setrlimit(resource.RLIMIT_CPU, (min(used + STEP_SECONDS, seconds), seconds + PATIENCE))
+class _Input:
+    """The archive. Over what it gives at a time the parser may work for STEP_SECONDS, and for `seconds` over it all."""
+
+    def __init__(self, stream: BinaryIO, seconds: int) -> None:
+        self._stream, self._seconds = stream, seconds
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._stream.read(size)
+        used = math.ceil(sum(os.times()[:2]))
+        limits = (min(used + STEP_SECONDS, self._seconds), self._seconds + PATIENCE)
+        resource.setrlimit(resource.RLIMIT_CPU, limits)
+        return data
 
 
 def _tell(out: BinaryIO, entry: dict[str, Any]) -> None:
@@ -214,15 +221,15 @@ def _tell(out: BinaryIO, entry: dict[str, Any]) -> None:
     out.flush()  # what was found is not lost if this dies over what comes
 
 
-def _tell_body(out: BinaryIO, file: BinaryIO, seconds: int) -> None:
+def _tell_body(out: BinaryIO, file: BinaryIO) -> None:
     try:
         while data := file.read(CHUNK):
             out.write(LENGTH.pack(len(data)) + data)
-            _go_on(seconds)
     except (ArchiveBroken, MemoryError):
         out.write(LENGTH.pack(BROKEN))
         raise
     out.write(LENGTH.pack(0))
+    out.flush()
 
 
 if __name__ == "__main__":

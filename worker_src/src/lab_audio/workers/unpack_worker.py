@@ -30,6 +30,7 @@ from lab_audio.workers.loop import COMPLAIN_SECONDS, Stop, Stopped, patiently
 SPOOL_BYTES = 16 << 20
 PAUSE_SECONDS = 2
 MAX_ATTEMPTS = 5
+MAX_FILE_BYTES = 4 << 30  # a day of the best MP3 is 3.5 GB
 MAX_NAME_BYTES = 2000  # what PostgreSQL can index
 FFMPEG_PAUSES = (5, 30)  # seconds before it is tried once more, where it may have been the host's fault
 
@@ -271,7 +272,7 @@ def read_archive(
         contents.room = 0
     contents.etag, folder = info.etag, contents.folder
     flags: list[str] = []
-    recordings = 0
+    recordings, cut = 0, None
     most = info.size * (tar.MAX_RATIO if encoding.compressed else 1)  # that come of it, whatever it says
     running: deque[tuple[Future[NewItem], int]] = deque()
 
@@ -303,7 +304,7 @@ def read_archive(
                     try:
                         mp3 = spooled(member.file, folder)
                     except tar.ArchiveBroken as error:
-                        contents.add(replace(row, reason=f"is cut off: {error}"))
+                        cut = replace(row, reason=f"is cut off: {error}")
                         raise
                     job = pool.submit(encode, row, mp3, folder, encoding.bitrate, taken.attempts)
                     running.append((job, spool))
@@ -315,6 +316,8 @@ def read_archive(
             collect(0)
         stream.drain()
         found = stream.sha256()
+    if cut is not None:  # only now: had the store gone away, it might be whole when it is read again
+        contents.add(cut)
     if promised is not None and found != promised:
         raise Permanent(f"the archive's SHA-256 is {found}, uploaded was {promised}")
     if taken.archive.file_count not in (None, recordings):
@@ -330,6 +333,8 @@ def entry(member: tar.Member) -> NewItem:
         reason = f"its name is longer than {MAX_NAME_BYTES} bytes"
     elif reason is None and not name.lower().endswith(".mp3"):
         reason = "is not an .mp3 file"
+    elif reason is None and member.size > MAX_FILE_BYTES:
+        reason = f"is larger than {MAX_FILE_BYTES >> 30} GiB"
     return NewItem(name, item, PurePosixPath(name).name, reason=reason)
 
 

@@ -432,21 +432,38 @@ def test_a_worker_that_does_not_run_here(
     host: Host, tmp_path: Path, active: str, sub: str, seconds: int, wrong: dict[str, str]
 ) -> None:
     began = int((time.monotonic() - seconds) * 1e6)
-    asked = ["Id", "UnitFileState", "ActiveState", "SubState", "InactiveExitTimestampMonotonic"]
-    units = [
+    fake_systemctl(
+        tmp_path,
         ("transfer-worker.service", "", "inactive", "dead", 0),
         ("unpack-worker.service", "enabled", active, sub, began),
         ("gpu-worker.service", "enabled", "active", "running", began),
-    ]
-    said = "\n\n".join("\n".join(f"{name}={value}" for name, value in zip(asked, unit, strict=True)) for unit in units)
-    systemctl = tmp_path / "systemctl"
-    systemctl.write_text(f"#!/bin/sh\necho '{said}'\n")
-    systemctl.chmod(0o755)
+        ("lab-audio-metrics.timer", "enabled", "active", "waiting", began),
+    )
     code = 2 if "failing" in wrong else len(wrong)
     found = host.wrong(code=code, PATH=f"{tmp_path}:/usr/bin:/bin")
     assert {state: what for state, what, _mend in found.values()} == wrong
     assert set(found) <= {"workers"}
     assert all("unpack-worker" in mend and "docs/runbooks/Worker" in mend for _, _, mend in found.values())
+
+
+def test_a_timer_that_does_not_run_here(host: Host, tmp_path: Path) -> None:
+    fake_systemctl(
+        tmp_path,
+        ("gpu-worker.service", "enabled", "active", "running", 1),
+        ("lab-audio-metrics.timer", "enabled", "inactive", "dead", 0),
+        ("lab-audio-audit.timer", "disabled", "inactive", "dead", 0),
+    )
+    found = host.wrong(code=2, PATH=f"{tmp_path}:/usr/bin:/bin")
+    mend = "systemctl start lab-audio-metrics.timer; docs/runbooks/TextfileStale.md"
+    assert found == {"workers": ("failing", "lab-audio-metrics.timer is inactive", mend)}
+
+
+def fake_systemctl(directory: Path, *units: tuple[str, str, str, str, int]) -> None:
+    asked = ["Id", "UnitFileState", "ActiveState", "SubState", "InactiveExitTimestampMonotonic"]
+    said = "\n\n".join("\n".join(f"{name}={value}" for name, value in zip(asked, unit, strict=True)) for unit in units)
+    systemctl = directory / "systemctl"
+    systemctl.write_text(f"#!/bin/sh\necho '{said}'\n")
+    systemctl.chmod(0o755)
 
 
 def test_ffmpeg_that_does_not_work(host: Host, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ HOW = {
     "audit": "lab-audio reconcile",
 }
 WORKERS = ("transfer-worker", "unpack-worker", "gpu-worker")
+TIMERS = tuple(f"lab-audio-{job}.timer" for job in ("metrics", "reconcile", "retention", "audit"))
 URGENT = {"dump": "BackupStale", "source": "WorkerSilent"}
 MESSAGES = "docs/operations.md#messages"
 
@@ -356,11 +357,11 @@ def check_archives(lab: Lab) -> Said:
 
 
 def check_workers(_lab: Lab) -> Said:
-    """Whether the workers that this host is to have run."""
-    units = enabled_workers()
+    """Whether the workers and timers that this host is to have run."""
+    units = enabled_units()
     running = [unit for unit, state in units.items() if state["ActiveState"] == "active"]
-    if running:
-        yield good(f"{', '.join(running)} {'runs' if len(running) == 1 else 'run'}")
+    if working := [unit for unit in running if unit in WORKERS]:
+        yield good(f"{', '.join(working)} {'runs' if len(working) == 1 else 'run'}")
     for unit, state in units.items():
         look = f"journalctl -u {unit} -n 50; {runbook('WorkerSick')}"
         if state["SubState"] == "auto-restart":
@@ -369,17 +370,17 @@ def check_workers(_lab: Lab) -> Said:
             seconds = time.monotonic() - int(state["InactiveExitTimestampMonotonic"]) / 1e6
             yield graded(seconds, START_SECONDS, f"{unit} has been starting for {duration(seconds)}", look)
         elif unit not in running:
-            mend = f"systemctl start {unit}; {runbook('WorkerSilent')}"
+            mend = f"systemctl start {unit}; {runbook('WorkerSilent' if unit in WORKERS else 'TextfileStale')}"
             yield failing(f"{unit} is {state['ActiveState']}", mend)
 
 
-def enabled_workers() -> dict[str, dict[str, str]]:
-    """What systemd says of each worker that it is to start here; nothing where it cannot be asked."""
+def enabled_units() -> dict[str, dict[str, str]]:
+    """What systemd says of each worker and timer that it is to start here; nothing where it cannot be asked."""
     program = shutil.which("systemctl")
     if program is None:
         return {}
     asked = "--property=Id,UnitFileState,ActiveState,SubState,InactiveExitTimestampMonotonic"
-    units = [f"{worker}.service" for worker in WORKERS]
+    units = [*(f"{worker}.service" for worker in WORKERS), *TIMERS]
     done = subprocess.run([program, "show", asked, *units], capture_output=True, text=True, timeout=5, check=False)
     if done.returncode:
         return {}

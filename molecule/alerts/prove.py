@@ -58,6 +58,9 @@ printf '%s\\n' "LD_PRELOAD = '$(ls /usr/lib/*/faketime/libfaketime.so.1)'" "FAKE
     "FAKETIME_DONT_FAKE_MONOTONIC = '1'" >"$(ls -d /etc/postgresql/*/main)/environment"
 systemctl restart postgresql
 """
+DIED = """
+timeout 300 sh -c 'until lab-audio dead list --json | grep -q name; do sleep 1; done'
+"""
 NAME = """$(lab-audio dead list --json | python3 -c 'import json, sys; print(json.load(sys.stdin)[0]["name"])')"""
 
 SECOND_HOST = {"here": "{hosts} up gpu-2 --disk 600 && {play} lab.audio.setup_new_worker -l gpu-2,postgresql_servers"}
@@ -145,7 +148,7 @@ CASES = {
     ),
     "ArchiveNearRetention": Case(
         "a recording is dead, and nobody looks for a week",
-        {"services": "echo noise >/srv/noise.mp3; mv /srv/noise.mp3 /srv/sounds/; sleep 60;" + LATER.format(days=9)},
+        {"services": "echo noise >/srv/noise.mp3; mv /srv/noise.mp3 /srv/sounds/;" + DIED + LATER.format(days=9)},
         {"services": f"lab-audio dead drop {NAME}"},
         "`lab-audio dead drop`",
     ),
@@ -213,7 +216,7 @@ def heard(alert: str, status: str, since: float) -> float:
 def named(alert: str) -> str:
     """What check-health says on any host where it names the alert's runbook."""
     for host in ("services", "gpu-1"):
-        report = run([*ssh(host), "lab-audio check-health --json || true"])
+        report = run([*ssh(host), "lab-audio check-health --json || true"])  # 1 or 2, as something is wrong
         for check in json.loads(report)["checks"]:
             if f"{alert}.md" in check["mend"]:
                 return f"{check['check']}: {check['what']}"

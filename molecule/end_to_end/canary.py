@@ -16,6 +16,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -77,7 +78,7 @@ def main() -> None:
     sys.exit(running.returncode)
 
 
-def files(top: Path, host: str, look) -> int:  # type: ignore[no-untyped-def]
+def files(top: Path, host: str, look: Callable[[str, bytes], None]) -> int:
     """What others may read of what the host has written: in a file of theirs or, by directories of theirs, of all's.
 
     Returns how many files were looked at.

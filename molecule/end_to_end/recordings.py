@@ -27,6 +27,7 @@ from botocore.config import Config
 STACK = Path(__file__).parents[2] / "tests" / "stack"
 sys.path.insert(0, str(STACK))
 
+# From a directory that is named only now.
 import corpus  # noqa: E402
 from account import account  # noqa: E402
 from models import POLICIES  # noqa: E402

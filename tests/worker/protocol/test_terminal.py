@@ -42,6 +42,18 @@ def test_each_recording_of_a_batch_has_one_line(world: World) -> None:
     assert {one["member"]: one["state"] for one in found["recordings"]}["poison.mp3"] == "dead"
 
 
+def test_the_newest_batches_are_listed_also_those_that_have_ended(world: World) -> None:
+    assert world.command("batch").stdout == "no batches yet\n"
+    batch_ids = [world.plant_batch(n, ["a.mp3", "b.mp3"]) for n in range(1, 22)]
+    world.finish()
+    head, *lines = world.command("batch").stdout.splitlines()
+    assert head.split() == ["batch", "state", "host", "for", "progress", "done", "dead", "of"]
+    assert [line.split()[0] for line in lines] == sorted(batch_ids, reverse=True)[:20]
+    assert all(line.split()[1] == "complete" and line.split()[-3:] == ["2", "0", "2"] for line in lines)
+    newest = json.loads(world.command("batch", "--json").stdout)[0]
+    assert (newest["batch_id"], newest["state"], newest["done"]) == (max(batch_ids), "complete", 2)
+
+
 def test_a_batch_that_nobody_knows(world: World) -> None:
     assert "no batch has this id" in world.command("batch", world.BATCH(7), code=1).stderr
     assert "is not YYYYMMDD" in world.command("batch", "../etc", code=1).stderr

@@ -22,6 +22,8 @@ from lab_audio.errors import Permanent, Retryable
 from lab_audio.log import duration, plain
 from lab_audio.operations.health import waiting
 
+NEWEST = 20
+
 
 class StatusSettings(config.LedgerSettings, config.QueueSettings):
     """What `status` reads."""
@@ -67,13 +69,24 @@ def status(
 
 @app.command()
 def batch(
-    batch_id: Annotated[str, typer.Argument(help="Batch, e.g. 20250622-143052-a1b2c3.")],
+    batch_id: Annotated[str | None, typer.Argument(help="Batch, e.g. 20250622-143052-a1b2c3.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show each recording of a batch on a line: its state, attempts and reason; on a terminal also the batch itself."""
+    """Show each recording of a batch on a line: its state, attempts and reason; on a terminal also the batch itself.
+
+    Without a batch: the newest of them, also those that have ended.
+    """
 
     def act() -> None:
         engine = ledger.open_ledger(config.load(config.LedgerSettings))
+        console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+        if batch_id is None:
+            newest = [vars(one) for one in ledger.newest_batches(engine, NEWEST)]
+            if as_json:
+                typer.echo(json.dumps(newest, default=str, indent=2))
+            else:
+                console.print(progress(newest) if newest else "no batches yet")
+            return
         found = ledger.whole_batch(engine, check_batch_id(batch_id))
         if found is None:
             raise Permanent(f"{batch_id}: no batch has this id")
@@ -81,7 +94,6 @@ def batch(
         if as_json:
             typer.echo(json.dumps({**found, "recordings": [vars(item) for item in items]}, default=str, indent=2))
             return
-        console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
         if sys.stdout.isatty():
             for key, value in found.items():
                 if value not in (None, []):
@@ -100,26 +112,6 @@ def batch(
 
 def picture(view: dict[str, Any]) -> Group:
     """What `status` shows a person."""
-    batches = Table(
-        Column("batch", no_wrap=True), "state", "host", "for", "progress", "done", "dead", "of",
-        box=None, title="open batches",
-    )  # fmt: skip
-    for b in view["batches"]:
-        total = b["pending"] + b["done"] + b["dead"]
-        note = "; ".join([*b["flags"], *([b["reason"]] if b["reason"] else [])])
-        progress = ProgressBar(total=max(total, 1), completed=b["done"] + b["dead"], width=24)
-        batches.add_row(
-            b["batch_id"],
-            b["state"],
-            b["host"] or "-",
-            age(b["since"]),
-            progress,
-            str(b["done"]),
-            str(b["dead"]),
-            str(total),
-        )
-        if note:
-            batches.add_row("", Text(plain(note), style="yellow"))
     hosts = Table("host", "seen", "gpu worker", "", box=None, title="hosts")
     for h in view["hosts"]:
         hosts.add_row(
@@ -137,12 +129,34 @@ def picture(view: dict[str, Any]) -> Group:
         oldest = view["oldest_seconds"][name]
         lists.add_row(Text(plain(name)), str(jobs), "-" if oldest is None else duration(oldest))
     return Group(
-        batches if view["batches"] else "no open batches",
+        progress(view["batches"], "open batches") if view["batches"] else "no open batches",
         "",
         hosts if view["hosts"] else "no hosts",
         "",
         lists,
     )
+
+
+def progress(batches: list[dict[str, Any]], title: str | None = None) -> Table:
+    table = Table(
+        Column("batch", no_wrap=True), "state", "host", "for", "progress", "done", "dead", "of", box=None, title=title
+    )
+    for b in batches:
+        total = b["pending"] + b["done"] + b["dead"]
+        note = "; ".join([*b["flags"], *([b["reason"]] if b["reason"] else [])])
+        table.add_row(
+            b["batch_id"],
+            b["state"],
+            b["host"] or "-",
+            age(b["since"]),
+            ProgressBar(total=max(total, 1), completed=b["done"] + b["dead"], width=24),
+            str(b["done"]),
+            str(b["dead"]),
+            str(total),
+        )
+        if note:
+            table.add_row("", Text(plain(note), style="yellow"))
+    return table
 
 
 def ago(seconds: float | None) -> str:

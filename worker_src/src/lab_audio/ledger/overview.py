@@ -14,10 +14,12 @@ from lab_audio.ledger.connection import transaction
 from lab_audio.ledger.dead import DEAD_BATCH, EXPIRED
 from lab_audio.ledger.hosts import EVERYWHERE
 
+PROGRESS = "batch_id, state, host, since, pending, done, dead, flags, reason, age_seconds, idle_seconds"
+
 
 @dataclass(frozen=True)
 class BatchProgress:
-    """An open batch. `since`: when it came into its present state; `idle_seconds`: since its last progress."""
+    """A batch. `since`: when it came into its present state; `idle_seconds`: since its last progress."""
 
     batch_id: str
     state: str
@@ -76,11 +78,15 @@ class ItemView:
 def open_batches(engine: Engine) -> list[BatchProgress]:
     """Batches that are not ended, and ended ones that are still being tidied."""
     with transaction(engine) as connection:
+        rows = connection.execute(text(f"SELECT {PROGRESS} FROM batch_progress WHERE open ORDER BY batch_id")).all()
+    return [BatchProgress(*row) for row in rows]
+
+
+def newest_batches(engine: Engine, count: int) -> list[BatchProgress]:
+    """The newest so many batches, ended or not, the newest first."""
+    with transaction(engine) as connection:
         rows = connection.execute(
-            text(
-                "SELECT batch_id, state, host, since, pending, done, dead, flags, reason, age_seconds, idle_seconds"
-                " FROM batch_progress WHERE open ORDER BY batch_id"
-            )
+            text(f"SELECT {PROGRESS} FROM batch_progress ORDER BY batch_id DESC LIMIT :count"), {"count": count}
         ).all()
     return [BatchProgress(*row) for row in rows]
 

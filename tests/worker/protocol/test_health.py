@@ -188,6 +188,8 @@ def test_a_host_that_is_silent_and_one_whose_models_are_not_ready(host: Host) ->
     assert mend.endswith("docs/runbooks/WorkerSilent.md")
     host.world.sql("UPDATE hosts SET seen_at = now(), gpu_seen_at = NULL")
     assert host.wrong(code=2)["hosts"][1] == "h1: its models were never ready"
+    host.world.sql("UPDATE hosts SET gpu_seen_at = now() - interval '10 minutes'")
+    assert host.wrong(code=2)["hosts"][1] == "h1: its models were last ready 10 min ago"
     ledger.beat(host.world.engine, "h1", gpu=True)
     assert host.wrong(code=0) == {}
 

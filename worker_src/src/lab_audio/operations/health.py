@@ -297,9 +297,9 @@ def check_hosts(lab: Lab) -> Said:
             mend = f"there: systemctl start unpack-worker gpu-worker; {runbook('WorkerSilent')}"
             yield failing(f"{host.host} was last seen {duration(silent)} ago", mend)
         elif gpu is None or gpu >= SILENT_SECONDS:
-            seen = "never" if gpu is None else f"last {duration(gpu)} ago"
+            ready = "never ready" if gpu is None else f"last ready {duration(gpu)} ago"
             yield failing(
-                f"{host.host}: its models were {seen} ready",
+                f"{host.host}: its models were {ready}",
                 f"there: journalctl -u gpu-worker -n 50; {runbook('WorkerSick')}",
             )
         if host.paused:

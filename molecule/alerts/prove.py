@@ -272,7 +272,7 @@ def main(wanted: list[str]) -> None:
         for alert in chosen:
             case = CASES[alert]
             told, said, ended = watchdog(case, names) if alert == "Watchdog" else prove(case, alert, names)
-            mended = case.says.replace(" | ", ": ")
+            mended = case.says.replace(" | ", ": ").replace("](", "](runbooks/")
             print(f"| {alert} | {case.what} | {told:.0f} s | {said} | {mended} | {ended:.0f} s |", flush=True)
 
 

@@ -153,7 +153,7 @@ batches:
       type: float
       sample: 279.4
     age_seconds:
-      description: Since it was minted, or without that since it was uploaded or last tried again.
+      description: Since it was uploaded or last tried again, or without that since it was minted.
       type: float
       sample: 410.2
     idle_seconds:

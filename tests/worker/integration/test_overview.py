@@ -16,7 +16,7 @@ QUESTIONS: dict[str, Callable[[Engine], object]] = {
     "open batches": ledger.open_batches,
     "dead letters": ledger.count_dead,
     "archives that are needed": lambda engine: ledger.unsettled_archives(engine, 6),
-    "archives that should be gone": lambda engine: ledger.overdue_archives(engine, 7),
+    "archives that should be gone": lambda engine: ledger.expired_archives(engine, 7),
     "how long jobs wait": lambda engine: ledger.waiting_seconds(engine, [OLD]),
 }
 

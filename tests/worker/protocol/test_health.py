@@ -15,7 +15,8 @@ import pytest
 from click.testing import Result
 from sqlalchemy import Engine
 
-from lab_audio import ledger, scratch
+from lab_audio import ledger, s3_utils, scratch
+from lab_audio.contracts import archive_key
 from lab_audio.operations import health
 from lab_audio.release import release
 
@@ -114,9 +115,9 @@ def test_settings_that_are_wrong_are_said_as_such(host: Host) -> None:
 
 
 def test_tables_of_another_release(host: Host) -> None:
-    host.world.sql("UPDATE alembic_version SET version_num = '0004'")
-    wrong = host.wrong(code=2)
     host.world.sql("UPDATE alembic_version SET version_num = '0005'")
+    wrong = host.wrong(code=2)
+    host.world.sql("UPDATE alembic_version SET version_num = '0006'")
     assert "run `lab-audio migrate`" in wrong["PostgreSQL"][1]
 
 
@@ -276,9 +277,22 @@ def test_a_batch_that_was_given_back_has_waited_since_it_was_last_taken(host: Ho
     world.sql("UPDATE batches SET uploaded_at = now() - interval '3 hours'")
     world.command("hosts", "forget", "h1")
     ledger.beat(world.engine, "h1", gpu=True)
-    assert "lists" not in host.wrong(code=2)
+    wrong = host.wrong(code=1)
+    assert set(wrong) == {"batches"} and "not complete after 108" in wrong["batches"][1]
     world.sql("UPDATE batches SET unpacking_at = now() - interval '3 hours'")
-    assert host.wrong(code=2)["lists"][1] == "the oldest job on unpack has waited for 3 h"
+    wrong = host.wrong(code=2)
+    assert wrong["lists"][1] == "the oldest job on unpack has waited for 3 h"
+    assert "no progress for 108" in wrong["batches"][1]
+
+
+def test_a_batch_that_is_tried_again_waits_since_then(host: Host) -> None:
+    world = host.world
+    world.plant_batch(1, ["a.mp3", "poison.mp3"])
+    world.finish()
+    world.sql("UPDATE batches SET minted_at = now() - interval '1 day', unpacking_at = now() - interval '1 day'")
+    (letter,) = json.loads(world.command("dead", "list", "--json").stdout)
+    world.command("dead", "retry", letter["name"])
+    assert host.wrong(code=0) == {}
 
 
 def test_what_was_set_aside_until_it_is_dropped(host: Host) -> None:
@@ -305,20 +319,36 @@ def test_archives_that_are_needed_for_longer_and_such_as_should_be_gone(host: Ho
     assert host.wrong(code=0) == {}
 
 
+def test_an_archive_that_somebody_else_deleted(host: Host) -> None:
+    world = host.world
+    batch_id = world.plant_batch(1, ["a.mp3"])
+    world.finish()
+    world.sql("UPDATE batches SET complete_at = now() - interval '10 days'")
+    s3_utils.delete_archive(archive_key(batch_id), bucket=world.bucket)
+    assert host.wrong(code=2)["archives"][1] == "1 should be gone for two days"
+    world.command("retention", "--dry-run")
+    assert "archives" in host.wrong(code=2)
+    assert "the archive was gone already" in world.command("retention").stderr
+    assert host.wrong(code=0) == {}
+
+
 @pytest.mark.parametrize(
     ("job", "said", "unit", "alert"),
     [
         ("dump", "dump was last done 3 d ago", "lab-audio-dump", "BackupStale"),
-        ("source", "the source was last looked at 3 d ago", "transfer-worker", "WorkerSilent"),
+        ("source /srv", "the source /srv was last looked at 3 d ago", "transfer-worker", "WorkerSilent"),
     ],
 )
 def test_what_is_late(host: Host, job: str, said: str, unit: str, alert: str) -> None:
-    host.world.sql("DELETE FROM runs WHERE job IN ('dump', 'source')")
+    host.world.sql("DELETE FROM runs WHERE job = 'dump' OR job LIKE 'source %'")
+    ledger.note_run(host.world.engine, "source /other")  # that one source answers says nothing of another
     ledger.note_run(host.world.engine, job)
     assert host.wrong(code=0) == {}
     host.world.sql("UPDATE runs SET ended_at = now() - interval '3 days' WHERE job = :job", job=job)
     state, what, mend = host.wrong(code=2)["timers"]
-    host.world.sql("DELETE FROM runs WHERE job = :job", job=job)
+    told = re.search(rf'run_age_seconds{{job="{job.split()[0]}"}} ([0-9.]+)', host.world.command("metrics").stdout)
+    assert told and float(told[1]) >= 3 * 86400
+    host.world.sql("DELETE FROM runs WHERE job = 'dump' OR job LIKE 'source %'")
     assert (state, what) == ("failing", said)
     assert unit in mend and alert in mend
 
@@ -460,9 +490,34 @@ def test_a_timer_that_does_not_run_here(host: Host, tmp_path: Path) -> None:
     assert found == {"workers": ("failing", "lab-audio-metrics.timer is inactive", mend)}
 
 
-def fake_systemctl(directory: Path, *units: tuple[str, str, str, str, int]) -> None:
-    asked = ["Id", "UnitFileState", "ActiveState", "SubState", "InactiveExitTimestampMonotonic"]
-    said = "\n\n".join("\n".join(f"{name}={value}" for name, value in zip(asked, unit, strict=True)) for unit in units)
+def test_a_job_of_a_timer_that_fails_here(host: Host, tmp_path: Path) -> None:
+    fake_systemctl(
+        tmp_path,
+        ("lab-audio-audit.timer", "enabled", "active", "waiting", 1),
+        ("lab-audio-audit.service", "static", "failed", "failed", 1),
+        ("lab-audio-retention.timer", "enabled", "active", "waiting", 1),
+        ("lab-audio-retention.service", "static", "activating", "start", 1),
+        ("lab-audio-reconcile.timer", "disabled", "inactive", "dead", 1),
+        ("lab-audio-reconcile.service", "static", "failed", "failed", 1),
+    )
+    found = host.wrong(code=1, PATH=f"{tmp_path}:/usr/bin:/bin")["workers"]
+    mend = "journalctl -u lab-audio-audit -n 50; docs/operations.md#messages"
+    assert found == ("warning", "lab-audio-audit has failed", mend)
+
+
+def test_a_worker_that_serves_fewer_devices_than_it_should(host: Host, tmp_path: Path) -> None:
+    for serves, code in (("cuda:0, cuda:1, 2 of 2", 0), ("cuda:0, 1 of 2", 1)):
+        unit = ("gpu-worker.service", "enabled", "active", "running", 1, f"serves {serves} devices")
+        fake_systemctl(tmp_path, unit)
+        wrong = host.wrong(code=code, PATH=f"{tmp_path}:/usr/bin:/bin")
+    state, what, mend = wrong["workers"]
+    assert (state, what) == ("warning", "gpu-worker serves cuda:0, 1 of 2 devices")
+    assert mend.endswith("docs/runbooks/WorkerSick.md")
+
+
+def fake_systemctl(directory: Path, *units: tuple[str | int, ...]) -> None:
+    asked = ["Id", "UnitFileState", "ActiveState", "SubState", "InactiveExitTimestampMonotonic", "StatusText"]
+    said = "\n\n".join("\n".join(f"{name}={value}" for name, value in zip(asked, unit, strict=False)) for unit in units)
     systemctl = directory / "systemctl"
     systemctl.write_text(f"#!/bin/sh\necho '{said}'\n")
     systemctl.chmod(0o755)

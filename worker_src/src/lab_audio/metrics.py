@@ -210,7 +210,7 @@ RUN = _metric(
     LEDGER,
     "run_age_seconds",
     "seconds",
-    "Time since a timer's job, the dump of the database, or a look at the source, was last done",
+    "Time since a timer's job, the dump of the database, or a look at each source, was last done",
     "job",
 )
 DATABASE = _metric(Gauge, LEDGER, "database_bytes", "bytes", "Size of the database")

@@ -145,11 +145,7 @@ def waiting_seconds(engine: Engine, batch_ids: Collection[str]) -> dict[str, flo
     """For how long each batch's jobs have been waiting: since its last progress, or since it was last taken."""
     with transaction(engine) as connection:
         rows = connection.execute(
-            text(
-                "SELECT batch_id, least(idle_seconds,"
-                " CASE p.state WHEN 'uploaded' THEN extract(epoch FROM now() - unpacking_at)::float END)"
-                " FROM batch_progress p JOIN batches USING (batch_id) WHERE batch_id = ANY(:ids)"
-            ),
+            text("SELECT batch_id, idle_seconds FROM batch_progress WHERE batch_id = ANY(:ids)"),
             {"ids": list(batch_ids)},
         ).all()
     return {batch_id: seconds for batch_id, seconds in rows if seconds is not None}
@@ -187,19 +183,19 @@ def unsettled_archives(engine: Engine, days: int) -> list[str]:
         )
 
 
-def overdue_archives(engine: Engine, days: int) -> int:
-    """Archives that retention should have deleted two days ago."""
+def expired_archives(engine: Engine, days: int) -> list[str]:
+    """Batches whose archive retention should have deleted by now, and did not."""
     with transaction(engine) as connection:
-        return int(
+        return list(
             connection.execute(
-                text(f"SELECT count(*) FROM batches b WHERE {EXPIRED} AND archive_gone_at IS NULL"),
-                {"days": days + 2},
-            ).scalar_one()
+                text(f"SELECT batch_id FROM batches b WHERE {EXPIRED} AND archive_gone_at IS NULL ORDER BY batch_id"),
+                {"days": days},
+            ).scalars()
         )
 
 
 def note_run(engine: Engine, job: str) -> None:
-    """Keep that a timer's job is done, or a look at the source."""
+    """Keep that a timer's job is done, or a look at a source."""
     with transaction(engine) as connection:
         connection.execute(
             text(
@@ -211,7 +207,7 @@ def note_run(engine: Engine, job: str) -> None:
 
 
 def last_runs(engine: Engine) -> dict[str, float]:
-    """For each job of a timer, the dump and a look at the source, seconds since it was last done."""
+    """For each job of a timer, the dump and a look at each source (`source NAME`), seconds since it was last done."""
     with transaction(engine) as connection:
         rows = connection.execute(
             text("SELECT job, extract(epoch FROM now() - ended_at)::float AS seconds FROM runs")

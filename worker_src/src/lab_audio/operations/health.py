@@ -51,13 +51,13 @@ AGES = {
 }  # of a timer's last run, and a look at the source; that of metrics is for Prometheus to judge
 HOW = {
     "dump": "on the database's host: systemctl start lab-audio-dump",
-    "source": "where the transfer worker is: systemctl status transfer-worker",
+    "source": "where its transfer worker is: systemctl status transfer-worker",
     "retention": "lab-audio retention",
     "reconcile": "lab-audio reconcile --quick",
     "audit": "lab-audio reconcile",
 }
 WORKERS = ("transfer-worker", "unpack-worker", "gpu-worker")
-TIMERS = tuple(f"lab-audio-{job}.timer" for job in ("metrics", "reconcile", "retention", "audit"))
+JOBS = tuple(f"lab-audio-{job}" for job in ("metrics", "reconcile", "retention", "audit"))
 URGENT = {"dump": "BackupStale", "source": "WorkerSilent"}
 MESSAGES = "docs/operations.md#messages"
 
@@ -239,21 +239,27 @@ def check_postgresql(lab: Lab) -> Said:
 
 
 def check_timers(lab: Lab) -> Said:
-    """Jobs of timers, the dump and looks at the source, that were done once and are not any more; and reconcile, which
+    """Jobs of timers, the dump and looks at sources, that were done once and are not any more; and reconcile, which
     every lab needs.
     """
-    ages = {job: seconds for job, seconds in ledger.last_runs(lab.stores.engine).items() if job in AGES}
-    late = {job for job, seconds in ages.items() if seconds > AGES[job]}
+    ages = {job: seconds for job, seconds in ledger.last_runs(lab.stores.engine).items() if kind_of(job) in AGES}
+    late = {job for job, seconds in ages.items() if seconds > AGES[kind_of(job)]}
     done = ", ".join(f"{job} {duration(seconds)} ago" for job, seconds in sorted(ages.items()) if job not in late)
     if done or not late:
         yield good(f"last done: {done or 'none yet'}")
     for job in sorted(late):
-        state = failing if job in URGENT else warning
-        what = "the source was last looked at" if job == "source" else f"{job} was last done"
-        yield state(f"{what} {duration(ages[job])} ago", f"{HOW[job]}; {runbook(URGENT.get(job, 'TextfileStale'))}")
+        kind = kind_of(job)
+        state = failing if kind in URGENT else warning
+        what = f"the {job} was last looked at" if kind == "source" else f"{job} was last done"
+        yield state(f"{what} {duration(ages[job])} ago", f"{HOW[kind]}; {runbook(URGENT.get(kind, 'TextfileStale'))}")
     if "reconcile" not in ages and ledger.seen_hosts(lab.stores.engine):
         what = "reconcile was never done: nobody notices a lost host"
         yield warning(what, f"{HOW['reconcile']}, by a timer: docs/operations.md#reconcile")
+
+
+def kind_of(job: str) -> str:
+    """What runs are told by: the job, and `source` for a look at any."""
+    return job.split(" ", 1)[0]
 
 
 def waiting(engine: Engine, client: Redis) -> list[ListView]:
@@ -346,7 +352,7 @@ def check_archives(lab: Lab) -> Said:
     """Archives that are needed for longer than others are kept, and such as should be gone."""
     days = lab.settings.retention_days
     unsettled = ledger.unsettled_archives(lab.stores.engine, max(1, days - 1))
-    overdue = ledger.overdue_archives(lab.stores.engine, days)
+    overdue = len(ledger.expired_archives(lab.stores.engine, days + 2))
     if unsettled:
         what = f"as old as others are when they go, and still needed: {some(unsettled)}"
         yield warning(what, f"lab-audio batch {unsettled[0]}; {runbook('ArchiveNearRetention')}")
@@ -357,14 +363,18 @@ def check_archives(lab: Lab) -> Said:
 
 
 def check_workers(_lab: Lab) -> Said:
-    """Whether the workers and timers that this host is to have run."""
+    """Whether the workers and timers that this host is to have run, on all devices, and their jobs do not fail."""
     units = enabled_units()
     running = [unit for unit, state in units.items() if state["ActiveState"] == "active"]
     if working := [unit for unit in running if unit in WORKERS]:
         yield good(f"{', '.join(working)} {'runs' if len(working) == 1 else 'run'}")
     for unit, state in units.items():
         look = f"journalctl -u {unit} -n 50; {runbook('WorkerSick')}"
-        if state["SubState"] == "auto-restart":
+        serving = re.search(r"([0-9]+) of ([0-9]+) devices", state.get("StatusText", ""))
+        if unit in JOBS:
+            if state["ActiveState"] == "failed":
+                yield warning(f"{unit} has failed", f"journalctl -u {unit} -n 50; {MESSAGES}")
+        elif state["SubState"] == "auto-restart":
             yield failing(f"{unit} has ended, and is started again", look)
         elif state["ActiveState"] == "activating":
             seconds = time.monotonic() - int(state["InactiveExitTimestampMonotonic"]) / 1e6
@@ -372,20 +382,29 @@ def check_workers(_lab: Lab) -> Said:
         elif unit not in running:
             mend = f"systemctl start {unit}; {runbook('WorkerSilent' if unit in WORKERS else 'TextfileStale')}"
             yield failing(f"{unit} is {state['ActiveState']}", mend)
+        elif serving and serving[1] != serving[2]:
+            yield warning(f"{unit} {state['StatusText']}", look)
 
 
 def enabled_units() -> dict[str, dict[str, str]]:
-    """What systemd says of each worker and timer that it is to start here; nothing where it cannot be asked."""
+    """What systemd says of each worker and timer that it is to start here, and of timers' jobs; nothing where it
+    cannot be asked.
+    """
     program = shutil.which("systemctl")
     if program is None:
         return {}
-    asked = "--property=Id,UnitFileState,ActiveState,SubState,InactiveExitTimestampMonotonic"
-    units = [*(f"{worker}.service" for worker in WORKERS), *TIMERS]
+    asked = "--property=Id,UnitFileState,ActiveState,SubState,InactiveExitTimestampMonotonic,StatusText"
+    units = [f"{unit}.service" for unit in (*WORKERS, *JOBS)] + [f"{job}.timer" for job in JOBS]
     done = subprocess.run([program, "show", asked, *units], capture_output=True, text=True, timeout=5, check=False)
     if done.returncode:
         return {}
     said = [dict(line.split("=", 1) for line in unit.splitlines()) for unit in done.stdout.strip().split("\n\n")]
-    return {unit["Id"].removesuffix(".service"): unit for unit in said if unit["UnitFileState"] == "enabled"}
+    enabled = {unit["Id"] for unit in said if unit["UnitFileState"] == "enabled"}
+    return {
+        unit["Id"].removesuffix(".service"): unit
+        for unit in said
+        if enabled & {unit["Id"], unit["Id"].replace(".service", ".timer")}
+    }
 
 
 def has_scratch(settings: HealthSettings) -> bool:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from operator import itemgetter
 
 from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine
 
 from lab_audio import ledger, metrics, queues, s3_utils
 from lab_audio.config import MetricsSettings
+from lab_audio.contracts import transcribe_list
 from lab_audio.errors import LabAudioError
 from lab_audio.log import get_logger
-from lab_audio.operations.health import waiting
+from lab_audio.operations.health import kind_of, waiting
 from lab_audio.operations.reconcile import Stores
 
 STATES = ("minted", "uploaded", "unpacking", "ready", "complete", "failed")
@@ -27,6 +29,9 @@ def measure(stores: Stores, settings: MetricsSettings) -> list[CollectorRegistry
     if ledger_up:
         told.append(metrics.LEDGER)
     if ledger_up and redis_up:
+        for host in ledger.seen_hosts(stores.engine):  # an empty list is not in Redis
+            metrics.JOBS.labels(transcribe_list(host.host)).set(0)
+            metrics.WAITED.labels(transcribe_list(host.host)).set(0)
         for view in waiting(stores.engine, stores.client):
             metrics.JOBS.labels(view.name).set(view.jobs)
             metrics.WAITED.labels(view.name).set(view.oldest_seconds or 0)
@@ -73,6 +78,6 @@ def of_ledger(engine: Engine, settings: MetricsSettings) -> None:
         for model, revision in host.models.items():
             metrics.HOST_MODEL.labels(host.host, model, revision).set(1)
     metrics.UNSETTLED.set(len(ledger.unsettled_archives(engine, max(1, settings.retention_days - 1))))
-    for job, seconds in ledger.last_runs(engine).items():
-        metrics.RUN.labels(job).set(seconds)
+    for job, seconds in sorted(ledger.last_runs(engine).items(), key=itemgetter(1)):  # of sources the last one counts
+        metrics.RUN.labels(kind_of(job)).set(seconds)
     metrics.DATABASE.set(ledger.server(engine)["bytes"])

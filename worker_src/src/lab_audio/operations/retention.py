@@ -14,6 +14,7 @@ from pathlib import Path
 from lab_audio import ledger, s3_utils, scratch
 from lab_audio.config import HostSettings
 from lab_audio.errors import NotFound
+from lab_audio.log import get_logger
 from lab_audio.operations.reconcile import Stores
 from lab_audio.workers.host import Host, strays, tidy_batch
 
@@ -41,8 +42,8 @@ def sweep(stores: Stores, host: Host | None, days: int, *, dry_run: bool = False
 def archives(stores: Stores, days: int, *, dry_run: bool) -> Iterator[Removal]:
     """Delete the archives of batches that have been complete for `days`. The ledger notes each before it goes.
 
-    The bucket says which there are: so one is found, too, whose deletion was cut short or came to nothing.
-    Raises Retryable, Fatal.
+    The bucket says which there are: so one is found, too, whose deletion was cut short or came to nothing. What it
+    does not have any more, as somebody else deleted it, is noted. Raises Retryable, Fatal.
     """
     for batch_id in s3_utils.archives(stores.bucket):
         if not ledger.expire_archive(stores.engine, batch_id, days=days, dry_run=dry_run):
@@ -54,6 +55,12 @@ def archives(stores: Stores, days: int, *, dry_run: bool) -> Iterator[Removal]:
         if not dry_run:
             s3_utils.delete_archive(info.key, bucket=stores.bucket)
         yield Removal("archive", info.key, info.size)
+    for batch_id in [] if dry_run else ledger.expired_archives(stores.engine, days):
+        try:
+            s3_utils.head_archive(batch_id, bucket=stores.bucket)
+        except NotFound:
+            get_logger().warning("the archive was gone already", batch_id=batch_id)
+            ledger.expire_archive(stores.engine, batch_id, days=days)
 
 
 def uploads(stores: Stores, age: timedelta = UPLOAD_AGE, *, dry_run: bool) -> Iterator[Removal]:

@@ -103,7 +103,7 @@ def noting(transfer: Transfer, stop: Stop) -> Callable[[], None]:
     def note() -> None:
         nonlocal noted
         if time.monotonic() - noted >= NOTE_SECONDS:
-            patiently(stop, ledger.note_run, transfer.engine, "source")
+            patiently(stop, ledger.note_run, transfer.engine, f"source {transfer.source.name}")
             noted = time.monotonic()
 
     return note

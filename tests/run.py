@@ -87,7 +87,7 @@ def busy_seconds() -> float:
 
 def main(wanted: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, leave)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `&` has it ignored, and by our children, too
     # Whatever a test leaves behind becomes our child, so that it can be named and ended.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -128,6 +128,13 @@ def main(wanted: list[str]) -> int:
             beside.wait()
         end_leftovers(0)
     return report(outcomes)
+
+
+def leave(number: int, _: object) -> None:
+    """End by a signal. A second one, from timeout(1), which tells all, and from us, does not break off cleaning up."""
+    for again in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(again, lambda *_: None)
+    sys.exit(128 + number)
 
 
 def start_beside() -> subprocess.Popen[bytes]:

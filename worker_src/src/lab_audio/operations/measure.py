@@ -78,6 +78,7 @@ def of_ledger(engine: Engine, settings: MetricsSettings) -> None:
         for model, revision in host.models.items():
             metrics.HOST_MODEL.labels(host.host, model, revision).set(1)
     metrics.UNSETTLED.set(len(ledger.unsettled_archives(engine, max(1, settings.retention_days - 1))))
-    for job, seconds in sorted(ledger.last_runs(engine).items(), key=itemgetter(1)):  # of sources the last one counts
+    # Of several sources the one counts that was longest not looked at: it is set last.
+    for job, seconds in sorted(ledger.last_runs(engine).items(), key=itemgetter(1)):
         metrics.RUN.labels(kind_of(job)).set(seconds)
     metrics.DATABASE.set(ledger.server(engine)["bytes"])

@@ -55,7 +55,9 @@ def archives(stores: Stores, days: int, *, dry_run: bool) -> Iterator[Removal]:
         if not dry_run:
             s3_utils.delete_archive(info.key, bucket=stores.bucket)
         yield Removal("archive", info.key, info.size)
-    for batch_id in [] if dry_run else ledger.expired_archives(stores.engine, days):
+    if dry_run:
+        return
+    for batch_id in ledger.expired_archives(stores.engine, days):
         try:
             s3_utils.head_archive(batch_id, bucket=stores.bucket)
         except NotFound:
